@@ -1,0 +1,313 @@
+"""The public functions: what a caller means, checked and handed to the rules.
+
+The three ops share their attributes; `depthwise_conv2d_native` has the text on them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jax_dwbp import _dispatch, _rules
+from jax_dwbp._spec import ConvSpec, Op, canonicalize, check_dtypes
+
+Precision = str | jax.lax.Precision | tuple[str, str] | None
+
+
+def depthwise_conv2d_native(
+    input: ArrayLike,
+    filter: ArrayLike,
+    strides: Sequence[int],
+    padding: str | Sequence[Sequence[int]],
+    *,
+    explicit_paddings: Sequence[int] = (),
+    data_format: str = "NHWC",
+    dilations: Sequence[int] = (1, 1, 1, 1),
+    name: str | None = None,
+    precision: Precision = None,
+    implementation: str | Sequence[str] | None = None,
+    forward_mode: bool = False,
+) -> jax.Array:
+    """TensorFlow's `DepthwiseConv2dNative`: each channel convolved with its own M filters.
+
+        y[n,p,q,c*M+m] = sum over r,s of
+            x[n, p*stride - low + r*dilation, q*stride - low + s*dilation, c] * f[r,s,c,m]
+
+    with zeros for x outside of its bounds (the formula of TensorFlow's documentation of
+    `tf.nn.depthwise_conv2d`, with the padding written out; stride, low and dilation of each axis).
+
+    Shapes: N batch, H W input, P Q output, R S filter, C channels, M depth multiplier. Any of them
+    may be 0, and the filter may be larger than the input: what is empty is empty, what sums over
+    nothing is zero.
+
+    Holds under `jit`, `vmap` over any axes of any argument, `grad` of any order, `checkpoint`,
+    `scan`, `shard_map` and `jax.export` (with a symbolic batch size too), on every platform.
+
+    Args:
+      input: `[N, H, W, C]`, or `[N, C, H, W]` for "NCHW": float16, bfloat16, float32 or float64.
+      filter: `[R, S, C, M]` of the same dtype, for both layouts.
+      strides: the step of the window: 4 integers in the order of `data_format`, 1 for batch and
+        channels, or the pair (H, W). The two may differ.
+      padding: "SAME", "VALID", "EXPLICIT", or the pads: ((top, bottom), (left, right)), or 4 pairs
+        in the order of `data_format`. SAME makes P = ceil(H / stride), an odd row of zeros at the
+        end.
+      explicit_paddings: for "EXPLICIT", 8 non-negative integers: (before, after) for each dimension
+        in the order of `data_format`, 0 for batch and channels. Else empty.
+      data_format: "NHWC" or "NCHW".
+      dilations: the distance between the taps of the filter, written like `strides`.
+      name: a `jax.named_scope` for the op.
+      precision: as in `jax.lax.conv_general_dilated`. For "lax" on accelerators; the other
+        implementations are exact to their accumulation.
+      implementation: None for the best, which always exists. A name ("lax", "xla_taps") runs that
+        one or raises; of a sequence of names, the first that can. Gradients follow it.
+        `jax_dwbp.implementations` tells what runs and why the others don't.
+      forward_mode: True for `jvp`, `jacfwd`, `hessian`, `linearize` and `linear_transpose`. By
+        default the op is a `jax.custom_vjp`, which rules these out.
+
+    Returns:
+      `[N, P, Q, C*M]` (or `[N, C*M, P, Q]`) in the dtype of the arguments. Sums are taken in float32,
+      for float64 in float64, and rounded once.
+
+    Raises:
+      TypeError: an argument of the wrong kind, dtypes that differ or that TensorFlow's op lacks.
+      ValueError: shapes or attributes that don't fit together.
+      NotImplementedError: the `implementation` asked for can't run this.
+
+    >>> x, f = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 1))
+    >>> depthwise_conv2d_native(x, f, strides=(1, 2, 2, 1), padding="SAME")[0, :, :, 0]
+    Array([[9., 6.],
+           [6., 4.]], dtype=float32)
+    """
+    input, filter = _operands(input=input, filter=filter)
+    spec = canonicalize(
+        "forward",
+        input.shape,
+        filter.shape,
+        None,
+        strides,
+        padding,
+        explicit_paddings,
+        data_format,
+        dilations,
+        precision,
+        implementation,
+    )
+    return _apply("forward", spec, input, filter, name, forward_mode)
+
+
+def depthwise_conv2d_native_backprop_input(
+    input_sizes: Sequence[int] | np.ndarray | jax.Array,
+    filter: ArrayLike,
+    out_backprop: ArrayLike,
+    strides: Sequence[int],
+    padding: str | Sequence[Sequence[int]],
+    *,
+    explicit_paddings: Sequence[int] = (),
+    data_format: str = "NHWC",
+    dilations: Sequence[int] = (1, 1, 1, 1),
+    name: str | None = None,
+    precision: Precision = None,
+    implementation: str | Sequence[str] | None = None,
+    forward_mode: bool = False,
+) -> jax.Array:
+    """TensorFlow's `DepthwiseConv2dNativeBackpropInput`: the gradient with respect to the input.
+
+        dx[n,h,w,c] = sum over r,s,m of
+            dy[n, (h+low-r*dilation)/stride, (w+low-s*dilation)/stride, c*M+m] * f[r,s,c,m]
+
+    over the terms where the divisions are exact and dy is within its bounds: the adjoint of
+    `depthwise_conv2d_native`, <dx, x> = <dy, depthwise_conv2d_native(x, f)> for every x.
+
+    Shapes, transformations, accumulation, the other arguments and the errors are those of
+    `depthwise_conv2d_native`. Unlike TensorFlow's CPU kernel, `dilations` count.
+
+    Args:
+      input_sizes: the shape of the result, 4 integers in the order of `data_format`: a tuple, list,
+        NumPy or concrete JAX vector. Static: under `jit` take it from a `.shape`. It decides between
+        the inputs that have the same output shape; rows that no window touched get zeros.
+      filter: `[R, S, C, M]`, float16, bfloat16, float32 or float64.
+      out_backprop: `[N, P, Q, C*M]` (or `[N, C*M, P, Q]`) of the same dtype, dy.
+
+    Returns:
+      `[N, H, W, C]` (or `[N, C, H, W]`), which is `input_sizes`, in the dtype of the arguments.
+
+    >>> f, dy = jnp.ones((3, 3, 2, 1)), jnp.ones((1, 2, 2, 2))
+    >>> dx = depthwise_conv2d_native_backprop_input(
+    ...     (1, 4, 4, 2), f, dy, strides=(1, 2, 2, 1), padding="SAME"
+    ... )
+    >>> dx[0, :, :, 0]
+    Array([[1., 1., 2., 1.],
+           [1., 1., 2., 1.],
+           [2., 2., 4., 2.],
+           [1., 1., 2., 1.]], dtype=float32)
+    """
+    filter, out_backprop = _operands(filter=filter, out_backprop=out_backprop)
+    spec = canonicalize(
+        "input_grad",
+        input_sizes,
+        filter.shape,
+        out_backprop.shape,
+        strides,
+        padding,
+        explicit_paddings,
+        data_format,
+        dilations,
+        precision,
+        implementation,
+    )
+    return _apply("input_grad", spec, filter, out_backprop, name, forward_mode)
+
+
+def depthwise_conv2d_native_backprop_filter(
+    input: ArrayLike,
+    filter_sizes: Sequence[int] | np.ndarray | jax.Array,
+    out_backprop: ArrayLike,
+    strides: Sequence[int],
+    padding: str | Sequence[Sequence[int]],
+    *,
+    explicit_paddings: Sequence[int] = (),
+    data_format: str = "NHWC",
+    dilations: Sequence[int] = (1, 1, 1, 1),
+    name: str | None = None,
+    precision: Precision = None,
+    implementation: str | Sequence[str] | None = None,
+    forward_mode: bool = False,
+) -> jax.Array:
+    """TensorFlow's `DepthwiseConv2dNativeBackpropFilter`: the gradient with respect to the filter.
+
+        df[r,s,c,m] = sum over n,p,q of
+            x[n, p*stride - low + r*dilation, q*stride - low + s*dilation, c] * dy[n,p,q,c*M+m]
+
+    with zeros for x outside of its bounds: <df, f> = <dy, depthwise_conv2d_native(x, f)> for every f.
+
+    Shapes, transformations, accumulation, the other arguments and the errors are those of
+    `depthwise_conv2d_native`. Unlike TensorFlow's CPU kernel, `dilations` count.
+
+    Args:
+      input: `[N, H, W, C]` (or `[N, C, H, W]`), float16, bfloat16, float32 or float64.
+      filter_sizes: the shape of the result, [R, S, C, M]: a tuple, list, NumPy or concrete JAX
+        vector. Static: under `jit` take it from a `.shape`.
+      out_backprop: `[N, P, Q, C*M]` (or `[N, C*M, P, Q]`) of the same dtype, dy.
+
+    Returns:
+      `[R, S, C, M]`, which is `filter_sizes`, in the dtype of the arguments.
+
+    >>> x, dy = jnp.ones((1, 4, 4, 2)), jnp.ones((1, 2, 2, 2))
+    >>> df = depthwise_conv2d_native_backprop_filter(
+    ...     x, (3, 3, 2, 1), dy, strides=(1, 2, 2, 1), padding="SAME"
+    ... )
+    >>> df[:, :, 0, 0]
+    Array([[4., 4., 2.],
+           [4., 4., 2.],
+           [2., 2., 1.]], dtype=float32)
+    """
+    input, out_backprop = _operands(input=input, out_backprop=out_backprop)
+    spec = canonicalize(
+        "filter_grad",
+        input.shape,
+        filter_sizes,
+        out_backprop.shape,
+        strides,
+        padding,
+        explicit_paddings,
+        data_format,
+        dilations,
+        precision,
+        implementation,
+    )
+    return _apply("filter_grad", spec, input, out_backprop, name, forward_mode)
+
+
+class Selection(NamedTuple):
+    """What `implementations` says about one op of a function."""
+
+    op: str  # "forward", "input_grad" or "filter_grad"
+    runs: str | None  # the name of the implementation that runs, None if none of the requested can
+    reasons: dict[str, str | None]  # in order of preference: why each can't run, None where it can
+
+
+def implementations(
+    fun: Callable, *args: Any, platform: str | None = None, **kwargs: Any
+) -> list[Selection]:
+    """Tells which implementation runs for each depthwise convolution in `fun(*args, **kwargs)`.
+
+    Nothing is run: `fun`, one of the functions of this package or any function that calls them, its
+    gradient included, is traced for the shapes of its arguments.
+
+    Args:
+      fun: the function.
+      *args: its arguments. Arrays of floats, which may be `jax.ShapeDtypeStruct`, and containers of
+        them are traced; anything else is passed on as it is.
+      platform: "cpu", "cuda", "rocm" or "tpu"; by default that of `jax.default_backend()`.
+      **kwargs: its keyword arguments, likewise.
+
+    Returns:
+      One `Selection` for each depthwise convolution, in the order of the trace.
+
+    >>> x, f = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 1))
+    >>> [op] = implementations(
+    ...     depthwise_conv2d_native, x, f, strides=(1, 1), padding="SAME", platform="cpu"
+    ... )
+    >>> op.runs
+    'xla_taps'
+    """
+    platform = platform or jax.default_backend()
+    platform = "cuda" if platform == "gpu" else platform
+    if platform not in _dispatch.PLATFORMS:
+        raise ValueError(
+            f"`platform` must be one of {', '.join(_dispatch.PLATFORMS)}, got {platform!r}"
+        )
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    traced = [
+        hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves
+    ]
+
+    def call(arrays: list[Any]) -> Any:
+        remaining = iter(arrays)
+        filled = [next(remaining) if t else x for x, t in zip(leaves, traced, strict=True)]
+        full_args, full_kwargs = jax.tree.unflatten(tree, filled)
+        return fun(*full_args, **full_kwargs)
+
+    arrays = [x for x, t in zip(leaves, traced, strict=True) if t]
+    return [
+        Selection(op, *_dispatch.explain(op, spec, platform))
+        for op, spec in _rules.ops_in(jax.make_jaxpr(call)(arrays))
+    ]
+
+
+def _operands(**operands: ArrayLike) -> list[jax.Array]:
+    arrays = [
+        operand if isinstance(operand, jax.Array) else _as_array(name, operand)
+        for name, operand in operands.items()
+    ]
+    dtypes = {name: x.dtype for name, x in zip(operands, arrays, strict=True)}
+    if len(set(dtypes.values())) > 1 and any(jax.typeof(x).weak_type for x in arrays):
+        # A weak type gives way to the other operand's, as everywhere in JAX.
+        dtype = jnp.result_type(*arrays)
+        arrays = [x.astype(dtype) if jax.typeof(x).weak_type else x for x in arrays]
+        dtypes = {name: x.dtype for name, x in zip(operands, arrays, strict=True)}
+    check_dtypes(dtypes)
+    return arrays
+
+
+def _as_array(name: str, value: Any) -> jax.Array:
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`{name}` must be an array, got {value!r}") from error
+
+
+def _apply(
+    op: Op, spec: ConvSpec, a: jax.Array, b: jax.Array, name: Any, forward_mode: Any
+) -> jax.Array:
+    if not isinstance(forward_mode, bool):
+        raise TypeError(f"`forward_mode` must be True or False, got {forward_mode!r}")
+    if name is None:
+        return _rules.apply(a, b, op=op, spec=spec, forward_mode=forward_mode)
+    if not isinstance(name, str):
+        raise TypeError(f"`name` must be a string or None, got {name!r}")
+    with jax.named_scope(name):
+        return _rules.apply(a, b, op=op, spec=spec, forward_mode=forward_mode)

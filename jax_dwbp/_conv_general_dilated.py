@@ -1,0 +1,139 @@
+"""A stand-in for `jax.lax.conv_general_dilated` in code that takes the function as an argument."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_dwbp import _rules
+from jax_dwbp._spec import DTYPES, ConvSpec, canonicalize
+
+
+def conv_general_dilated(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+) -> jax.Array:
+    """`jax.lax.conv_general_dilated`, with depthwise convolutions run by this package.
+
+    Same signature, same results to rounding, same derivatives of every order and in both modes. A
+    call is depthwise if it has one or two spatial dimensions, more than one input channel and
+    `feature_group_count` equal to their number; floating-point operands of one dtype; no
+    `lhs_dilation`, `batch_group_count`, negative padding, `out_sharding` or empty dimension. Any
+    other call, also one with an error in it, goes to lax unchanged.
+
+    Args: see `jax.lax.conv_general_dilated`.
+
+    >>> x, f = jnp.ones((1, 8, 4)), jnp.ones((3, 1, 4))
+    >>> conv_general_dilated(
+    ...     x, f, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=4
+    ... ).shape
+    (1, 8, 4)
+    """
+    arguments = (
+        *(window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers),
+        *(feature_group_count, batch_group_count, precision, preferred_element_type, out_sharding),
+    )
+    try:
+        lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
+        spec, dtype = _depthwise(lhs, rhs, *arguments)
+    except (TypeError, ValueError, NotImplementedError):
+        # Not depthwise, or not right: lax has the say on both.
+        return lax.conv_general_dilated(lhs, rhs, *arguments)
+
+    # Ours is [N,H,W,C] by [R,S,C,M], or [N,C,H,W] where that is lax's layout already.
+    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    x, y_axes = lhs, None
+    if spec.data_format == "NHWC":
+        n, c, *spatial = numbers.lhs_spec
+        x = lax.transpose(lhs, (n, *spatial, c))
+        n, c, *spatial = numbers.out_spec
+        y_axes = np.argsort((n, *spatial, c))
+    o, i, *window = numbers.rhs_spec
+    f = lax.transpose(rhs, (*window, i, o))
+    if lhs.ndim == 3:
+        x = lax.expand_dims(x, (1,))
+    y = _rules.apply(
+        x.astype(jnp.promote_types(lhs.dtype, dtype)),
+        f.astype(jnp.promote_types(lhs.dtype, dtype)).reshape(
+            *spec.kernel_spatial, spec.channels, spec.multiplier
+        ),
+        op="forward",
+        spec=spec,
+        forward_mode=True,
+    ).astype(dtype)
+    if lhs.ndim == 3:
+        y = lax.squeeze(y, (1,))
+    return y if y_axes is None else lax.transpose(y, y_axes)
+
+
+def _depthwise(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Any,
+    padding: Any,
+    lhs_dilation: Any,
+    rhs_dilation: Any,
+    dimension_numbers: Any,
+    feature_group_count: Any,
+    batch_group_count: Any,
+    precision: Any,
+    preferred_element_type: Any,
+    out_sharding: Any,
+) -> tuple[ConvSpec, np.dtype]:
+    """The spec and the dtype of the result, or ValueError if the call is not depthwise."""
+    rank = lhs.ndim - 2
+    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    n, channels, *spatial = (lhs.shape[i] for i in numbers.lhs_spec)
+    features, group, *window = (rhs.shape[i] for i in numbers.rhs_spec)
+    dtype = np.dtype(lhs.dtype if preferred_element_type is None else preferred_element_type)
+    if isinstance(padding, str):
+        padding = padding.upper()
+    rhs_dilation = (1,) * rank if rhs_dilation is None else rhs_dilation
+    if not (
+        rank in (1, 2)
+        and len(window_strides) == len(rhs_dilation) == rank
+        and (padding in ("SAME", "VALID") if isinstance(padding, str) else len(padding) == rank)
+        and (lhs_dilation is None or all(d == 1 for d in lhs_dilation))
+        and feature_group_count == channels > group == 1 == batch_group_count
+        and features % channels == 0
+        and all(size > 0 for size in (*spatial, *rhs.shape))
+        and out_sharding is None
+        and not any(axis for x in (lhs, rhs) for axis in jax.typeof(x).sharding.spec)
+        and lhs.dtype == rhs.dtype
+        and {lhs.dtype.name, dtype.name} <= set(DTYPES)
+    ):
+        raise ValueError("not a depthwise convolution")
+    if rank == 1:
+        spatial, window = [1, *spatial], [1, *window]
+        window_strides, rhs_dilation = (1, *window_strides), (1, *rhs_dilation)
+        padding = padding if isinstance(padding, str) else ((0, 0), *padding)
+    channels_first = numbers.lhs_spec == numbers.out_spec == (0, 1, 2, 3)
+    spec = canonicalize(
+        "forward",
+        (n, channels, *spatial) if channels_first else (n, *spatial, channels),
+        (*window, channels, features // channels),
+        None,
+        window_strides,
+        padding,
+        (),
+        "NCHW" if channels_first else "NHWC",
+        rhs_dilation,
+        precision,
+        None,
+    )
+    if 0 in spec.out_spatial:
+        raise ValueError("nothing to compute")
+    return spec, dtype

@@ -1,0 +1,76 @@
+"""The table of implementations, and which of them runs: decided per platform, when an op is lowered.
+
+This is the only place that knows layouts, empty operands and the shape of a result.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jax_dwbp._impl import lax, xla_taps
+from jax_dwbp._spec import OPERANDS, ConvSpec, Op
+
+_IMPLEMENTATIONS = {"lax": lax, "xla_taps": xla_taps}
+# Best first. On a CPU (2 cores, AVX-512, float32, batch 8) xla_taps is 20 to 400 times faster than
+# lax wherever it can run; nothing has been timed on an accelerator, where lax has kernels of the
+# vendors'.
+_PREFERENCE = {"cpu": ("xla_taps", "lax")}
+_DEFAULT_PREFERENCE = ("lax", "xla_taps")
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+def explain(
+    op: Op, spec: ConvSpec, platform: str | None
+) -> tuple[str | None, dict[str, str | None]]:
+    """The implementation that runs `op`, if any, and for each in the order of preference why not.
+
+    A platform of None stands for any, so what it can't run nobody can.
+    """
+    names = _PREFERENCE.get(platform or "", _DEFAULT_PREFERENCE)
+    reasons = {name: _IMPLEMENTATIONS[name].unsupported(op, spec, platform) for name in names}
+    requested = spec.implementation or names
+    for name in requested:
+        if name not in reasons:
+            raise ValueError(f"`implementation` must be out of {', '.join(names)}, got {name!r}")
+    return next((name for name in requested if reasons[name] is None), None), reasons
+
+
+def select(op: Op, spec: ConvSpec, platform: str | None) -> str:
+    """The name of the implementation that runs `op`, or NotImplementedError with the reasons."""
+    runs, reasons = explain(op, spec, platform)
+    if runs is None:
+        why = "; ".join(f"{name}: {reasons[name]}" for name in spec.implementation or reasons)
+        raise NotImplementedError(f"`implementation` can't run {op}: {why}")
+    return runs
+
+
+def result_shape(
+    op: Op, spec: ConvSpec, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The shape of what `op` computes, with the problem axis of its operands if they have one."""
+    if op == "filter_grad":
+        return (*a_shape[:-4], *spec.kernel_spatial, spec.channels, spec.multiplier)
+    if op == "forward":
+        batch, spatial, depth = a_shape[:-3], spec.out_spatial, spec.channels * spec.multiplier
+    else:
+        batch, spatial, depth = b_shape[:-3], spec.in_spatial, spec.channels
+    if spec.data_format == "NHWC":
+        return (*batch, *spatial, depth)
+    return (*batch, depth, *spatial)
+
+
+def run(op: Op, spec: ConvSpec, platform: str | None, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Runs `op` on its two operands in the caller's layout, with or without a problem axis."""
+    shape = result_shape(op, spec, a.shape, b.shape)
+    if 0 in (*shape, *a.shape, *b.shape):
+        return jnp.zeros(shape, a.dtype)
+    implementation = getattr(_IMPLEMENTATIONS[select(op, spec, platform)], op)
+    channels_first = spec.data_format == "NCHW"
+    single = a.ndim == 4
+    operands = []
+    for name, operand in zip(OPERANDS[op], (a, b), strict=True):
+        operand = operand[None] if single else operand
+        operands.append(jnp.moveaxis(operand, 2, 4) if channels_first and name != "f" else operand)
+    result = implementation(spec, *operands)
+    if channels_first and op != "filter_grad":
+        result = jnp.moveaxis(result, 4, 2)
+    return result[0] if single else result

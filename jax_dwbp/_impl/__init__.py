@@ -1,0 +1,12 @@
+"""One module per implementation; its stem is its name.
+
+Each has `unsupported(op, spec, platform)`, the reason why it can't run or None, and one function
+per op on canonical data: C-order NHWC with a leading axis of G independent problems, no empty
+operand, any dtype out of `_spec.DTYPES`.
+
+    forward(spec, x[G,N,H,W,C], f[G,R,S,C,M])            -> [G,N,P,Q,C*M]
+    input_grad(spec, f[G,R,S,C,M], dy[G,N,P,Q,C*M])      -> [G,N,H,W,C]
+    filter_grad(spec, x[G,N,H,W,C], dy[G,N,P,Q,C*M])     -> [G,R,S,C,M]
+
+None of them needs to be differentiable or to know a transformation: the rules stand above.
+"""

@@ -1,0 +1,101 @@
+"""The reference: `lax.conv_general_dilated` with `feature_group_count`, the transposes written out.
+
+All G problems are folded into the channels, where groups keep them apart. With d the dilation, s
+the stride and l the low padding of an axis, the forward correlation pairs the input row i with the
+output row o and the filter row k where i = s*o - l + d*k. Solving for the row of each result gives
+the three convolutions below: the padding is what makes their sizes come out, negative pads crop.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_dwbp._spec import ConvSpec, Op
+
+
+def unsupported(op: Op, spec: ConvSpec, platform: str | None) -> str | None:
+    del op, spec, platform
+    return None
+
+
+def forward(spec: ConvSpec, x: jax.Array, f: jax.Array) -> jax.Array:
+    kernel = _fold_filter(f)
+    r, s, groups, multiplier = kernel.shape
+    y = _conv(
+        spec,
+        _fold(x),
+        kernel.reshape(r, s, 1, groups * multiplier),
+        window_strides=spec.window_strides,
+        padding=spec.padding,
+        rhs_dilation=spec.rhs_dilation,
+        feature_group_count=groups,
+    )
+    return _unfold(y, x.shape[0], spec.channels * spec.multiplier)
+
+
+def input_grad(spec: ConvSpec, f: jax.Array, dy: jax.Array) -> jax.Array:
+    # i + l = s*o + d*k: a correlation of the stretched dy with the flipped filter.
+    padding = []
+    for size, kernel, out, stride, (low, _), dilation in spec.axes():
+        before = (kernel - 1) * dilation - low
+        padding.append((before, size + low - ((out - 1) * stride + 1)))
+    dx = _conv(
+        spec,
+        _fold(dy),
+        _fold_filter(f)[::-1, ::-1].transpose(0, 1, 3, 2),
+        window_strides=(1, 1),
+        padding=padding,
+        lhs_dilation=spec.window_strides,
+        rhs_dilation=spec.rhs_dilation,
+        feature_group_count=f.shape[0] * spec.channels,
+    )
+    return _unfold(dx, f.shape[0], spec.channels)
+
+
+def filter_grad(spec: ConvSpec, x: jax.Array, dy: jax.Array) -> jax.Array:
+    # d*k = i + l - s*o: a correlation of x with the dilated dy, N as the features it sums over.
+    padding = []
+    for size, kernel, out, stride, (low, _), dilation in spec.axes():
+        window = (out - 1) * stride + 1
+        padding.append((low, (kernel - 1) * dilation + window - size - low))
+    df = _conv(
+        spec,
+        _fold(x).transpose(3, 1, 2, 0),
+        _fold(dy).transpose(1, 2, 0, 3),
+        window_strides=spec.rhs_dilation,
+        padding=padding,
+        rhs_dilation=spec.window_strides,
+        batch_group_count=x.shape[0] * spec.channels,
+    )[0]
+    r, s = spec.kernel_spatial
+    return jnp.moveaxis(df.reshape(r, s, x.shape[0], spec.channels, spec.multiplier), 2, 0)
+
+
+def _fold(a: jax.Array) -> jax.Array:
+    """[G,a,b,c,D] as [a,b,c,G*D]."""
+    return jnp.moveaxis(a, 0, 3).reshape(*a.shape[1:4], a.shape[0] * a.shape[4])
+
+
+def _fold_filter(f: jax.Array) -> jax.Array:
+    """[G,R,S,C,M] as [R,S,G*C,M]."""
+    problems, r, s, channels, multiplier = f.shape
+    return jnp.moveaxis(f, 0, 2).reshape(r, s, problems * channels, multiplier)
+
+
+def _unfold(a: jax.Array, problems: int, channels: int) -> jax.Array:
+    """[a,b,c,G*D] as [G,a,b,c,D]."""
+    return jnp.moveaxis(a.reshape(*a.shape[:3], problems, channels), 3, 0)
+
+
+def _conv(spec: ConvSpec, lhs: jax.Array, rhs: jax.Array, **geometry) -> jax.Array:
+    dtype: Literal["float32"] | None = "float32" if lhs.dtype.itemsize < 4 else None
+    return lax.conv_general_dilated(
+        lhs,
+        rhs,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=spec.precision,
+        preferred_element_type=dtype,
+        **geometry,
+    ).astype(lhs.dtype)

@@ -1,0 +1,270 @@
+"""Sums over the taps (r, s) of shifted slices times a row of the filter, fused by XLA to one loop.
+
+Everything is elementwise in the channels, so a multiplier becomes C*M independent lanes: x is
+repeated M times beforehand, or the M lanes of each channel are summed afterwards.
+
+Strides need no zero-dilated dy. Of the input rows i = a + stride*t, phase a meets only the filter
+rows k with (a + low - dilation*k) divisible by the stride, at the output row
+t + (a + low - dilation*k) / stride. So each phase is a dense sum of its own taps, and the phases
+are interleaved at the end.
+
+Rounding: products are summed along a row of at most `_CHAIN` taps, rows pairwise, so an error grows
+with the logarithm of the filter's size and not with the size.
+"""
+
+import functools
+import math
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_dwbp._spec import ConvSpec, Op, Pair
+
+T = TypeVar("T")
+
+# Taps beyond which the rows of the filter are looped over: unrolled, XLA needs 0.2 s for 49 taps
+# on a CPU and its time grows faster than the taps.
+_UNROLLED = 49
+# Columns of the filter are always unrolled: 63 take XLA 0.3 s.
+_MAX_COLUMNS = 63
+# A stride of 4 x 4 has 16 phases, each a sum of its own.
+_MAX_PHASES = 16
+# Taps that are summed one after the other, and products that are reduced by one loop over x and
+# dy: 9 is the best of 1, 3, 5, 7, 9 and 49 for 3x3, within 5% of the best for 5x5 and 7x7.
+_CHAIN = 9
+# Columns of the output that are reduced one after the other in the filter gradient.
+_MAX_RUN, _RUN = 128, 64
+
+
+class _Tap(NamedTuple):
+    k: int  # index into the filter
+    offset: int  # where the tap's slice starts, before padding
+
+
+def unsupported(op: Op, spec: ConvSpec, platform: str | None) -> str | None:
+    del platform
+    r, s = spec.kernel_spatial
+    if r * s > _UNROLLED and s > _MAX_COLUMNS:
+        return f"filters of more than {_UNROLLED} taps may have at most {_MAX_COLUMNS} columns, got {s}"
+    if op == "input_grad" and math.prod(spec.window_strides) > _MAX_PHASES:
+        return f"strides may have a product of at most {_MAX_PHASES}, got {spec.window_strides}"
+    return None
+
+
+def forward(spec: ConvSpec, x: jax.Array, f: jax.Array) -> jax.Array:
+    rows, cols = _forward_taps(spec)
+    y = _weighted_sum(
+        _widen(_repeat(x, spec.multiplier)),
+        _widen(_lanes(f)),
+        rows,
+        cols,
+        spec.out_spatial,
+        spec.window_strides,
+    )
+    return y.astype(x.dtype)
+
+
+def input_grad(spec: ConvSpec, f: jax.Array, dy: jax.Array) -> jax.Array:
+    row_phases, col_phases = (_phases(spec, axis) for axis in range(2))
+    h, w = spec.in_spatial
+    stride_h, stride_w = spec.window_strides
+    counts = -(-h // stride_h), -(-w // stride_w)
+    wide_f, wide_dy = _widen(_lanes(f)), _widen(dy)
+    dx = jnp.stack(
+        [
+            jnp.stack(
+                [
+                    _weighted_sum(wide_dy, wide_f, rows, cols, counts, (1, 1))
+                    for cols in col_phases
+                ],
+                axis=4,
+            )
+            for rows in row_phases
+        ],
+        axis=3,
+    )  # [G,N,counts[0],stride_h,counts[1],stride_w,C*M]
+    dx = dx.reshape(*dx.shape[:2], counts[0] * stride_h, counts[1] * stride_w, dx.shape[6])
+    # The lanes of a channel as strided slices: a reduction over a minor axis of M does not fuse.
+    lanes = [dx[:, :, :h, :w, m :: spec.multiplier] for m in range(spec.multiplier)]
+    return _pairwise(lanes).astype(dy.dtype)
+
+
+def filter_grad(spec: ConvSpec, x: jax.Array, dy: jax.Array) -> jax.Array:
+    rows, cols = _forward_taps(spec)
+    problems, _, p, q, lanes = dy.shape
+    shape = (*spec.kernel_spatial, problems, spec.channels, spec.multiplier)
+    if not rows or not cols:
+        return jnp.moveaxis(jnp.zeros(shape, x.dtype), 2, 0)
+    # A run of output columns is one chain of additions, so long rows are cut into several.
+    runs, run = (-(-q // _RUN), _RUN) if q > _MAX_RUN else (1, q)
+    stride_h, stride_w = spec.window_strides
+    wide_dy = jnp.pad(_widen(dy), [(0, 0)] * 3 + [(0, runs * run - q), (0, 0)])
+    wide_dy = wide_dy.reshape(*dy.shape[:3], runs, run, lanes)
+    wide_x, rows, cols = _pad(
+        _widen(_repeat(x, spec.multiplier)), rows, cols, (p, runs * run), spec.window_strides
+    )
+
+    def row_grads(offset) -> list[jax.Array]:
+        slab = _strided(wide_x, offset, p, stride_h, axis=2)
+        return [
+            lax.mul(
+                _strided(slab, col.offset, runs * run, stride_w, axis=3).reshape(wide_dy.shape),
+                wide_dy,
+            )
+            for col in cols
+        ]
+
+    def reduce(products: list[jax.Array]) -> jax.Array:
+        """The sums of the products over N, P and Q, by one loop over x and dy for each chain."""
+        zero = jnp.zeros((), wide_dy.dtype)
+        partials = [
+            partial
+            for chain in _chains(products)
+            for partial in lax.reduce(chain, [zero] * len(chain), _add_all, (4,))
+        ]
+        return jnp.stack([jnp.sum(partial, (1, 2, 3)) for partial in partials])
+
+    if len(rows) * len(cols) <= _UNROLLED:
+        df = reduce([product for row in rows for product in row_grads(row.offset)])
+    else:
+        df = lax.map(
+            lambda offset: reduce(row_grads(offset)), jnp.array([row.offset for row in rows])
+        )
+    df = df.reshape(len(rows), len(cols), *shape[2:]).astype(x.dtype)
+    # Taps that only ever met the padding have no gradient.
+    unused = [
+        (taps[0].k, size - 1 - taps[-1].k)
+        for taps, size in zip((rows, cols), spec.kernel_spatial, strict=True)
+    ]
+    return jnp.moveaxis(jnp.pad(df, [*unused, (0, 0), (0, 0), (0, 0)]), 2, 0)
+
+
+def _widen(a: jax.Array) -> jax.Array:
+    return a.astype(jnp.float32) if a.dtype.itemsize < 4 else a
+
+
+def _repeat(x: jax.Array, multiplier: int) -> jax.Array:
+    """[..., C] as [..., C*M]."""
+    wide = jnp.broadcast_to(x[..., None], (*x.shape, multiplier))
+    return wide.reshape(*x.shape[:-1], x.shape[-1] * multiplier)
+
+
+def _lanes(f: jax.Array) -> jax.Array:
+    """[G,R,S,C,M] as [G,R,S,C*M]."""
+    return f.reshape(*f.shape[:3], f.shape[3] * f.shape[4])
+
+
+def _forward_taps(spec: ConvSpec) -> tuple[list[_Tap], list[_Tap]]:
+    """The taps that meet the input at all; of x they read offset, offset + stride, ..."""
+    rows, cols = (
+        [
+            _Tap(k, k * dilation - low)
+            for k in range(kernel)
+            if -((out - 1) * stride) <= k * dilation - low < size
+        ]
+        for size, kernel, out, stride, (low, _), dilation in spec.axes()
+    )
+    return rows, cols
+
+
+def _phases(spec: ConvSpec, axis: int) -> list[list[_Tap]]:
+    """For each phase of the input axis, the taps that meet dy; of it they read offset, offset + 1, ..."""
+    size, kernel, out, stride, (low, _), dilation = spec.axes()[axis]
+    count = -(-size // stride)
+    return [
+        [
+            _Tap(k, (a + low - k * dilation) // stride)
+            for k in range(kernel)
+            if (a + low - k * dilation) % stride == 0
+            and -count < (a + low - k * dilation) // stride < out
+        ]
+        for a in range(stride)
+    ]
+
+
+def _weighted_sum(
+    a: jax.Array,
+    f: jax.Array,
+    rows: list[_Tap],
+    cols: list[_Tap],
+    counts: Pair,
+    strides: Pair,
+) -> jax.Array:
+    """Sum over the taps of f[:, row.k, col.k] times what (row, col) reads of a, `counts` elements."""
+    shape = (*a.shape[:2], *counts, a.shape[4])
+    if not rows or not cols:
+        return jnp.zeros(shape, a.dtype)
+    a, rows, cols = _pad(a, rows, cols, counts, strides)
+
+    def row_sum(k, offset) -> jax.Array:
+        slab = _strided(a, offset, counts[0], strides[0], axis=2)
+        weights = _strided(f, k, 1, 1, axis=1)
+        products = [
+            lax.mul(
+                _strided(slab, col.offset, counts[1], strides[1], axis=3),
+                lax.broadcast_in_dim(weights[:, 0, col.k], shape, (0, 4)),
+            )
+            for col in cols
+        ]
+        return _pairwise([functools.reduce(lax.add, chain) for chain in _chains(products)])
+
+    if len(rows) * len(cols) <= _UNROLLED:
+        return _pairwise([row_sum(*row) for row in rows])
+
+    # The taps of a phase are evenly spaced. Two loops, so that no chain of additions is longer than
+    # the root of the number of rows.
+    first, step = rows[0], _Tap(rows[1].k - rows[0].k, rows[1].offset - rows[0].offset)
+    block = math.isqrt(len(rows))
+    zeros = lax.full_like(a, 0, shape=shape)
+
+    def add_row(i, total):
+        return total + row_sum(first.k + i * step.k, first.offset + i * step.offset)
+
+    def add_block(start, total):
+        stop = jnp.minimum(start + block, len(rows))
+        return total + lax.fori_loop(start, stop, add_row, zeros)
+
+    return lax.fori_loop(
+        0, -(-len(rows) // block), lambda i, total: add_block(i * block, total), zeros
+    )
+
+
+def _pad(
+    a: jax.Array, rows: list[_Tap], cols: list[_Tap], counts: Pair, strides: Pair
+) -> tuple[jax.Array, list[_Tap], list[_Tap]]:
+    """`a` with the zeros that the taps read beyond its edges, and the taps' offsets into it."""
+    config, shifted = [(0, 0, 0)] * 5, []
+    for axis, taps in ((2, rows), (3, cols)):
+        offsets = [tap.offset for tap in taps]
+        span = (counts[axis - 2] - 1) * strides[axis - 2] + 1
+        low, high = max(0, -min(offsets)), max(0, max(offsets) + span - a.shape[axis])
+        config[axis] = (low, high, 0)
+        shifted.append([_Tap(tap.k, tap.offset + low) for tap in taps])
+    return lax.pad(a, jnp.zeros((), a.dtype), config), *shifted
+
+
+def _strided(a: jax.Array, start, count: int, stride: int, axis: int) -> jax.Array:
+    """a[start : : stride] along `axis`, `count` elements; only the start may be traced."""
+    span = (count - 1) * stride + 1
+    if not isinstance(start, int):
+        a, start = lax.dynamic_slice_in_dim(a, start, span, axis), 0
+    return lax.slice_in_dim(a, start, start + span, stride, axis)
+
+
+def _chains(terms: list[T]) -> list[list[T]]:
+    """The terms in as few even chains as have at most `_CHAIN` of them."""
+    count = -(-len(terms) // _CHAIN)
+    return [terms[i * len(terms) // count : (i + 1) * len(terms) // count] for i in range(count)]
+
+
+def _add_all(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> list[jax.Array]:
+    return [lax.add(u, v) for u, v in zip(a, b, strict=True)]
+
+
+def _pairwise(terms: list[jax.Array]) -> jax.Array:
+    while len(terms) > 1:
+        pairs = [lax.add(a, b) for a, b in zip(terms[::2], terms[1::2], strict=False)]
+        terms = pairs + terms[len(pairs) * 2 :]
+    return terms[0]

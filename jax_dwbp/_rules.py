@@ -1,0 +1,163 @@
+"""The rules that make the three ops compose: derivatives, batching, lowering.
+
+The depthwise convolution of x by f, paired with dy, is one trilinear form:
+
+    T(x, f, dy) = sum over n,p,q,r,s,c,m of
+        x[n, p*stride - low + r*dilation, q*stride - low + s*dilation, c] * f[r,s,c,m] * dy[n,p,q,c*M+m]
+
+Each of the three ops is the derivative of T by one argument, which is linear in the other two:
+
+    forward(x, f) = dT/d(dy)      input_grad(f, dy) = dT/dx      filter_grad(x, dy) = dT/df
+
+So the derivatives of an op need nothing new. Let an op leave out the argument v of T and take a
+and b, and let u be the cotangent of its result, shaped like v. Then <u, op(a, b)> = T(a, b, u), and
+
+    the cotangent of a is the op that leaves out a, at (b, u); that of b is the op that leaves out b,
+    at (a, u), each in the order (x, f, dy).
+
+The set is closed, hence derivatives of every order. The same holds if all arrays have a leading
+axis of independent problems, which is what `vmap` over filters adds.
+
+The call is jit > custom_vjp > primitive. Without the jit an eager gradient would compute cotangents
+that nobody asked for, and an eager call would pay for custom_vjp. The primitive keeps tracing
+cheap: its implementation is traced only for the platforms that are lowered for. (Ten layers with
+the taps in the jaxpr: 700 ms to trace forward and gradient. lax 53 ms, the primitive 44 ms.)
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive, jaxprs_in_params
+from jax.interpreters import ad, batching, mlir
+
+from jax_dwbp import _dispatch
+from jax_dwbp._spec import OPERANDS, ConvSpec, Op
+
+# The op that leaves out each argument of T.
+_LEAVES_OUT: dict[str, Op] = {"x": "input_grad", "f": "filter_grad", "dy": "forward"}
+_LEFT_OUT = {op: argument for argument, op in _LEAVES_OUT.items()}
+
+
+@functools.partial(jax.jit, static_argnames=("op", "spec", "forward_mode"))
+def apply(a: jax.Array, b: jax.Array, *, op: Op, spec: ConvSpec, forward_mode: bool) -> jax.Array:
+    """Runs `op`: forward(x, f), input_grad(f, dy) or filter_grad(x, dy)."""
+    if spec.implementation is not None:
+        _dispatch.select(op, spec, None)  # what no platform can do is refused while tracing
+    a, b = _same_varying_axes(a, b)
+    return (_bind if forward_mode else _reverse_mode)(op, spec, a, b)
+
+
+def ops_in(jaxpr: Any) -> Iterator[tuple[Op, ConvSpec]]:
+    """What every depthwise convolution in a jaxpr was bound with."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive is _primitive:
+            yield eqn.params["op"], eqn.params["spec"]
+        for inner in jaxprs_in_params(eqn.params):
+            yield from ops_in(inner)
+
+
+def _same_varying_axes(*operands: jax.Array) -> list[jax.Array]:
+    """The operands cast to vary over the same axes of a `shard_map`, so that their cotangents do."""
+    varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
+    every = frozenset().union(*varying)
+    return [
+        lax.pcast(x, tuple(every - axes), to="varying") if axes != every else x
+        for x, axes in zip(operands, varying, strict=True)
+    ]
+
+
+def _bind(op: Op, spec: ConvSpec, a: Any, b: Any) -> Any:
+    return _primitive.bind(a, b, op=op, spec=spec)
+
+
+def _cotangent(u: Any, other: Any, *, index: int, op: Op, spec: ConvSpec) -> Any:
+    """The cotangent of the operand `index` of `op`, from the other operand and u."""
+    known = {OPERANDS[op][1 - index]: other, _LEFT_OUT[op]: u}
+    derivative = _LEAVES_OUT[OPERANDS[op][index]]
+    return _bind(derivative, spec, *(known[operand] for operand in OPERANDS[derivative]))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _reverse_mode(op: Op, spec: ConvSpec, a: jax.Array, b: jax.Array) -> jax.Array:
+    return _bind(op, spec, a, b)
+
+
+def _fwd(op: Op, spec: ConvSpec, a: jax.Array, b: jax.Array):
+    return _bind(op, spec, a, b), (a, b)
+
+
+def _bwd(op: Op, spec: ConvSpec, residuals: tuple[jax.Array, jax.Array], u: jax.Array):
+    a, b = residuals
+    return (
+        _cotangent(u, b, index=0, op=op, spec=spec),
+        _cotangent(u, a, index=1, op=op, spec=spec),
+    )
+
+
+_reverse_mode.defvjp(_fwd, _bwd)
+
+
+# The primitive under the custom_vjp, with the rules of its own that JAX's transformations look up:
+# batching, and the derivatives of a bilinear function, for forward_mode and for higher orders.
+_primitive = Primitive("depthwise_conv2d")
+
+
+@_primitive.def_impl
+def _eager(a, b, *, op, spec):
+    with jax.disable_jit(False):
+        return apply(a, b, op=op, spec=spec, forward_mode=True)
+
+
+@_primitive.def_abstract_eval
+def _abstract_eval(a, b, *, op, spec):
+    return a.update(shape=_dispatch.result_shape(op, spec, a.shape, b.shape), weak_type=False)
+
+
+def _batch(operands, dims, *, op, spec):
+    batched = [dim is not None for dim in dims]
+    problems = operands[0].ndim - batched[0] == 5
+    operands = [
+        jnp.moveaxis(operand, dim, 0) if dim is not None else operand
+        for operand, dim in zip(operands, dims, strict=True)
+    ]
+    size = operands[batched.index(True)].shape[0]
+    shared_filter = ("f", False) in zip(OPERANDS[op], batched, strict=True)
+    if shared_filter and not problems:
+        # The new axis joins N, where it costs nothing.
+        operands = [_merge(x) if is_batched else x for x, is_batched in zip(operands, batched)]
+        return _split(_bind(op, spec, *operands), size), 0
+    operands = [
+        x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+        for x, is_batched in zip(operands, batched)
+    ]
+    if problems:
+        operands = [_merge(x) for x in operands]
+    result = _bind(op, spec, *operands)
+    return _split(result, size) if problems else result, 0
+
+
+def _merge(x: jax.Array) -> jax.Array:
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def _split(x: jax.Array, size: int) -> jax.Array:
+    return x.reshape(size, x.shape[0] // max(size, 1), *x.shape[1:])
+
+
+def _run(a, b, *, op, spec, platform):
+    return _dispatch.run(op, spec, platform, a, b)
+
+
+batching.primitive_batchers[_primitive] = _batch
+ad.defbilinear(
+    _primitive,
+    lambda u, a, b, **params: _cotangent(u, b, index=0, **params),
+    lambda u, a, b, **params: _cotangent(u, a, index=1, **params),
+)
+for _platform in (None, *_dispatch.PLATFORMS):
+    _lowering = mlir.lower_fun(functools.partial(_run, platform=_platform), multiple_results=False)
+    mlir.register_lowering(_primitive, _lowering, platform=_platform)

@@ -1,0 +1,280 @@
+"""One table of named cases for all tests, and the one function that says what rounding may do.
+
+Shapes are NHWC and [R, S, C, M]. TensorFlow's own configurations are those of
+`tensorflow/python/kernel_tests/nn_ops/depthwise_conv_op_base.py`, `compiler/tests` and
+`nn_grad_test.py` in TensorFlow 2.21, XLA's of `conv_depthwise_test`, Keras' of its 3.15 tests,
+PyTorch's of its OpInfo samples.
+"""
+
+import dataclasses
+import functools
+import math
+import zlib
+
+import jax.numpy as jnp
+import numpy as np
+import reference
+
+import jax_dwbp
+
+OPS = ("forward", "input_grad", "filter_grad")
+IMPLEMENTATIONS = ("lax", "xla_taps")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    input: tuple
+    filter: tuple
+    strides: tuple = (1, 1)
+    padding: str | tuple = "SAME"
+    dilations: tuple = (1, 1)
+
+    def __str__(self):
+        return self.name
+
+    @functools.cached_property
+    def output(self):
+        return reference.output_shape(self)
+
+    def attributes(self, data_format="NHWC"):
+        """The attributes as TensorFlow spells them."""
+        explicit = ()
+        padding = self.padding
+        if not isinstance(padding, str):
+            pads = [*padding[0], *padding[1]]
+            explicit = [0, 0, *pads, 0, 0] if data_format == "NHWC" else [0, 0, 0, 0, *pads]
+            padding = "EXPLICIT"
+        return {
+            "strides": spatial(self.strides, data_format),
+            "padding": padding,
+            "explicit_paddings": explicit,
+            "data_format": data_format,
+            "dilations": spatial(self.dilations, data_format),
+        }
+
+    def operands(self, op, dtype="float32", seed=0):
+        """Random operands of `op` in [-1, 1), the same for the same case, dtype and seed."""
+        x, f, dy = (
+            self._random(which, shape, dtype, seed)
+            for which, shape in enumerate((self.input, self.filter, self.output))
+        )
+        return {"forward": (x, f), "input_grad": (f, dy), "filter_grad": (x, dy)}[op]
+
+    def _random(self, which, shape, dtype, seed):
+        rng = np.random.default_rng([zlib.crc32(self.name.encode()), which, seed])
+        return rng.uniform(-1, 1, shape).astype(jnp.dtype(dtype))
+
+    def run(self, op, a, b, data_format="NHWC", **options):
+        """The op of this package on NHWC operands, whatever layout it is run in."""
+        options = {**self.attributes(data_format), **options}
+        if op == "forward":
+            y = jax_dwbp.depthwise_conv2d_native(to_layout(a, data_format), b, **options)
+            return from_layout(y, data_format)
+        if op == "input_grad":
+            sizes = layout_shape((b.shape[0], *self.input[1:]), data_format)
+            dx = jax_dwbp.depthwise_conv2d_native_backprop_input(
+                sizes, a, to_layout(b, data_format), **options
+            )
+            return from_layout(dx, data_format)
+        return jax_dwbp.depthwise_conv2d_native_backprop_filter(
+            to_layout(a, data_format), self.filter, to_layout(b, data_format), **options
+        )
+
+    def expected(self, op, a, b):
+        """float64 loops on the operands as they are."""
+        return getattr(reference, op)(self, a, b)
+
+    def tolerance(self, op, dtype):
+        """The error allowed for operands in [-1, 1) before the result is rounded to its dtype.
+
+        Sums are taken in float32 or better, so the error grows like a random walk over the terms.
+        """
+        r, s, _, m = self.filter
+        n, p, q, _ = self.output
+        terms = {"forward": r * s, "input_grad": r * s * m, "filter_grad": n * p * q}[op]
+        eps = jnp.finfo(dtype).eps if dtype == "float64" else jnp.finfo("float32").eps
+        return 2 * float(eps) * math.sqrt(max(terms, 1))
+
+    def check(self, op, got, want, dtype):
+        """Fails unless `got` is `want`, a float64 array, to the tolerance of `op` and dtype.
+
+        Half types are rounded once more, by at most one unit in the last place. Returns the worst
+        error as a multiple of what is allowed.
+        """
+        assert got.dtype == jnp.dtype(dtype)
+        assert got.shape == want.shape
+        got = np.asarray(got).astype(np.float64)
+        allowed = np.full(want.shape, self.tolerance(op, dtype))
+        if jnp.finfo(dtype).bits < 32:
+            allowed += float(jnp.finfo(dtype).eps) * np.abs(want)
+            allowed += float(jnp.finfo(dtype).smallest_subnormal)
+        worst = float(np.max(np.abs(got - want) / allowed, initial=0.0))
+        assert worst <= 1, f"{self} {op} {dtype}: error is {worst:.3g} of what is allowed"
+        return worst
+
+
+def spatial(pair, data_format):
+    return (1, *pair, 1) if data_format == "NHWC" else (1, 1, *pair)
+
+
+def layout_shape(shape, data_format):
+    n, h, w, c = shape
+    return (n, h, w, c) if data_format == "NHWC" else (n, c, h, w)
+
+
+def to_layout(x, data_format):
+    return x if data_format == "NHWC" else x.transpose(0, 3, 1, 2)
+
+
+def from_layout(x, data_format):
+    return x if data_format == "NHWC" else x.transpose(0, 2, 3, 1)
+
+
+# Small enough for every dtype, layout, implementation and transformation; together they have each
+# feature and each edge at least once.
+SMALL = (
+    Case("plain", (2, 5, 6, 3), (3, 3, 3, 1)),
+    Case("multiplier", (2, 5, 6, 3), (3, 3, 3, 2)),
+    Case("one_channel", (1, 6, 5, 1), (3, 2, 1, 4)),
+    Case("stride2", (2, 7, 8, 2), (3, 3, 2, 2), (2, 2)),
+    Case("stride2_even", (1, 8, 7, 2), (2, 4, 2, 1), (2, 2)),
+    Case("unequal_strides", (1, 7, 9, 2), (3, 4, 2, 1), (1, 3)),
+    Case("stride_above_filter", (1, 9, 10, 2), (2, 3, 2, 1), (3, 5)),
+    Case("valid", (1, 6, 7, 2), (3, 2, 2, 2), padding="VALID"),
+    Case("valid_unused_rows", (1, 8, 9, 2), (3, 3, 2, 1), (3, 3), "VALID"),
+    Case("explicit", (1, 5, 6, 2), (3, 3, 2, 2), (2, 1), ((2, 0), (1, 3))),
+    Case("pads_above_filter", (1, 4, 5, 2), (2, 3, 2, 1), (1, 2), ((4, 1), (0, 6))),
+    Case("dilated", (1, 8, 9, 2), (3, 2, 2, 2), dilations=(2, 3)),
+    Case("dilated_strided", (1, 9, 8, 2), (3, 3, 2, 1), (2, 3), dilations=(2, 2)),
+    Case("dilated_coprime", (1, 9, 11, 2), (3, 3, 2, 1), (3, 2), "VALID", (2, 3)),
+    Case("filter_above_input", (1, 3, 2, 2), (7, 6, 2, 1)),
+    Case("big_filter", (1, 9, 10, 2), (9, 8, 2, 1)),
+    Case("big_filter_strided", (1, 12, 9, 2), (11, 6, 2, 2), (2, 3), dilations=(1, 2)),
+    Case("pointwise", (2, 3, 4, 5), (1, 1, 5, 2)),
+    Case("causal_1d", (2, 1, 12, 3), (1, 4, 3, 1), padding=((0, 0), (3, 0))),
+    Case("long_1d", (2, 1, 300, 2), (1, 5, 2, 1)),
+)
+EMPTY = (
+    Case("no_batch", (0, 5, 6, 3), (3, 3, 3, 2)),
+    Case("no_channels", (2, 5, 6, 0), (3, 3, 0, 2)),
+    Case("no_multiplier", (2, 5, 6, 3), (3, 3, 3, 0)),
+    Case("no_rows", (2, 0, 6, 3), (3, 3, 3, 2)),
+    Case("no_filter_rows", (2, 5, 6, 3), (0, 3, 3, 2)),
+    Case("no_filter_rows_valid", (2, 5, 6, 3), (0, 3, 3, 2), padding="VALID"),
+    Case("no_output", (2, 5, 6, 3), (6, 7, 3, 2), padding="VALID"),
+    Case("overhang_below_stride", (2, 5, 6, 3), (7, 7, 3, 2), (3, 3), "VALID"),
+)
+TENSORFLOW = tuple(
+    Case(f"tf{i}_{'x'.join(map(str, case[1]))}", *case)
+    for i, case in enumerate(
+        (
+            ((4, 5, 5, 48), (1, 1, 48, 2)),
+            ((4, 8, 8, 84), (1, 3, 84, 1)),
+            ((4, 17, 17, 48), (3, 1, 48, 4)),
+            ((4, 9, 27, 8), (3, 3, 8, 1)),
+            ((4, 31, 31, 7), (3, 3, 7, 1)),
+            ((4, 35, 35, 2), (5, 5, 2, 1)),
+            ((4, 147, 147, 2), (3, 3, 2, 8), (3, 3), "VALID"),
+            ((3, 299, 299, 3), (3, 2, 3, 8), (2, 2)),
+            ((5, 183, 183, 1), (5, 5, 1, 2), (2, 2)),
+            ((5, 183, 183, 1), (5, 5, 1, 2), (1, 1), "SAME", (2, 2)),
+            ((5, 41, 35, 2), (4, 7, 2, 2), (1, 1), "VALID", (3, 2)),
+            ((4, 5, 5, 48), (1, 1, 48, 2), (1, 1), ((1, 2), (3, 4))),
+            ((4, 1, 1, 3), (3, 3, 3, 2), (1, 1), ((10, 20), (15, 25))),
+            ((4, 9, 27, 8), (3, 3, 8, 1), (1, 1), ((3, 4), (4, 2))),
+            ((4, 31, 31, 7), (3, 3, 7, 1), (1, 1), ((0, 0), (0, 0))),
+            ((3, 299, 299, 3), (3, 2, 3, 8), (2, 2), ((1, 2), (3, 5))),
+            ((5, 183, 183, 1), (5, 5, 1, 2), (3, 3), ((3, 2), (1, 0))),
+            ((5, 29, 31, 1), (5, 4, 1, 2), (1, 1), ((3, 2), (1, 0)), (2, 3)),
+            ((4, 5, 5, 48), (3, 3, 48, 1), (1, 1), ((0, 2), (0, 2))),
+            ((1, 8, 7, 2), (8, 7, 2, 1), (1, 1), ((0, 7), (3, 3))),
+            ((2, 4, 3, 2), (3, 2, 2, 1), (1, 1), ((2, 0), (1, 0))),
+            ((2, 5, 8, 1), (4, 4, 1, 2)),
+            ((4, 5, 5, 1), (2, 2, 1, 2), (2, 2), "VALID"),
+            ((2, 4, 4, 2), (3, 1, 2, 2)),
+            ((1, 15, 15, 2), (1, 3, 2, 1)),
+            ((2, 15, 16, 1), (3, 3, 1, 2), (3, 3), "VALID"),
+            ((2, 5, 8, 1), (4, 3, 1, 2), (1, 1), "SAME", (1, 2)),
+            ((1, 3, 1, 2), (2, 1, 2, 1)),
+            ((2, 2, 3, 2), (2, 1, 2, 1)),
+            ((2, 2, 3, 1), (2, 2, 1, 1)),
+            ((2, 5, 8, 1), (4, 4, 1, 2), (1, 1), ((0, 1), (2, 3))),
+            ((4, 5, 5, 1), (2, 2, 1, 2), (2, 2), ((3, 1), (5, 0))),
+            ((2, 4, 4, 2), (3, 1, 2, 2), (1, 1), ((4, 1), (3, 4))),
+            ((1, 15, 15, 2), (1, 3, 2, 1), (1, 1), ((3, 0), (2, 8))),
+            ((2, 15, 16, 1), (3, 3, 1, 2), (3, 3), ((0, 0), (10, 0))),
+            ((2, 5, 8, 1), (3, 4, 1, 2), (1, 1), ((3, 1), (2, 3)), (2, 1)),
+            # compiler/tests, where they differ
+            ((2, 5, 5, 48), (2, 2, 48, 8)),
+            ((3, 299, 299, 3), (2, 2, 3, 8), (2, 2)),
+            ((4, 6, 6, 48), (1, 1, 48, 2), (1, 1), "SAME", (2, 2)),
+            ((4, 8, 8, 84), (1, 3, 84, 1), (1, 1), "SAME", (2, 2)),
+            ((4, 36, 36, 2), (5, 5, 2, 1), (2, 2), "SAME", (4, 4)),
+            ((4, 148, 148, 2), (4, 4, 2, 8), (2, 2), "SAME", (2, 2)),
+            ((3, 300, 300, 3), (2, 2, 3, 8), (1, 1), "VALID", (4, 4)),
+            # hand values, nn_grad_test
+            ((1, 2, 3, 2), (2, 2, 2, 2), (1, 1), "VALID"),
+            ((1, 4, 4, 3), (2, 2, 3, 2)),
+        )
+    )
+)
+# TensorFlow's determinism tests: 7x7, M=10 on 500x1000.
+DETERMINISM = (
+    Case("d9m_2_channels", (2, 500, 1000, 2), (7, 7, 2, 10)),
+    Case("d9m_1_channel", (2, 500, 1000, 1), (7, 7, 1, 10)),
+)
+XLA = tuple(
+    Case(f"xla{i}_{c}c_{k}x{k}", (n, hw, hw, c), (k, k, c, 1), padding=padding)
+    for i, (c, hw, k, n, padding) in enumerate(
+        (
+            (128, 6, 3, 64, "VALID"),
+            (256, 5, 3, 256, "VALID"),
+            (256, 5, 2, 144, "VALID"),
+            (144, 5, 3, 64, "VALID"),
+            (144, 5, 2, 256, "VALID"),
+            (8, 48, 17, 8, "VALID"),
+            (128, 20, 6, 64, "VALID"),
+            (64, 14, 12, 172, "VALID"),
+            (16, 9, 4, 16, "VALID"),
+            (128, 1, 2, 144, ((1, 1), (1, 1))),
+            (256, 1, 2, 64, ((1, 1), (1, 1))),
+            (256, 1, 2, 2, ((1, 1), (1, 1))),
+            (144, 5, 3, 3, "VALID"),
+            (8, 48, 17, 1, "VALID"),
+            (16, 9, 5, 4, "VALID"),
+        )
+    )
+)
+FRAMEWORKS = (
+    Case("keras_multiplier5", (2, 8, 8, 4), (2, 2, 4, 5), padding="VALID"),
+    Case("keras_dilated", (2, 8, 8, 4), (2, 2, 4, 6), dilations=(2, 2)),
+    Case("keras_strided", (2, 8, 8, 4), (2, 2, 4, 6), (2, 2), "VALID"),
+    Case("torch_plain", (2, 6, 6, 4), (3, 3, 4, 1), padding="VALID"),
+    Case("torch_multiplier", (2, 6, 6, 4), (3, 3, 4, 2), padding="VALID"),
+    Case("torch_strides", (2, 6, 6, 4), (3, 3, 4, 1), (3, 2), "VALID"),
+    Case("torch_padding", (2, 6, 6, 4), (3, 3, 4, 1), padding=((1, 1), (1, 1))),
+    Case("torch_dilated", (2, 5, 5, 4), (2, 2, 4, 1), padding="VALID", dilations=(2, 2)),
+    Case("torch_transposed", (2, 6, 6, 4), (3, 3, 4, 1), padding="VALID"),
+    Case("torch_naive_groups", (2, 6, 6, 2), (3, 3, 2, 2), padding="VALID"),
+    Case("torch_backward", (2, 4, 20, 2), (3, 5, 2, 1), padding="VALID"),
+)
+# Layers of networks, at batch 8 or what fits the machine: (name, H, C, K, stride, M).
+LAYERS = tuple(
+    Case(name, (n, hw, hw, c), (k, k, c, m), (s, s))
+    for name, n, hw, c, k, s, m in (
+        ("mobilenetv2_112x32", 8, 112, 32, 3, 1, 1),
+        ("mobilenetv2_112x96_s2", 8, 112, 96, 3, 2, 1),
+        ("mobilenetv2_56x144", 8, 56, 144, 3, 1, 1),
+        ("efficientnet_28x192_5x5_s2", 8, 28, 192, 5, 2, 1),
+        ("efficientnet_28x240_5x5", 8, 28, 240, 5, 1, 1),
+        ("mobilenetv2_14x576", 8, 14, 576, 3, 1, 1),
+        ("mobilenetv2_7x960", 8, 7, 960, 3, 1, 1),
+        ("convnext_56x96_7x7", 8, 56, 96, 7, 1, 1),
+        ("convnext_14x384_7x7", 8, 14, 384, 7, 1, 1),
+        ("replknet_28x128_31x31", 4, 28, 128, 31, 1, 1),
+        ("multiplier2_56x32", 8, 56, 32, 3, 1, 2),
+        ("batch1_56x144", 1, 56, 144, 3, 1, 1),
+    )
+)
