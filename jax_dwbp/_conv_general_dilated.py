@@ -46,12 +46,13 @@ def conv_general_dilated(
         *(window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers),
         *(feature_group_count, batch_group_count, precision, preferred_element_type, out_sharding),
     )
-    try:
-        lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
-        spec, dtype = _depthwise(lhs, rhs, *arguments)
-    except (TypeError, ValueError, NotImplementedError):
-        # Not depthwise, or not right: lax has the say on both.
+    spec = _depthwise_spec(lhs, rhs, *arguments)
+    if spec is None:
         return lax.conv_general_dilated(lhs, rhs, *arguments)
+    lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
+    dtype = compute_dtype = jnp.dtype(preferred_element_type or lhs.dtype)
+    if dtype != lhs.dtype:
+        compute_dtype = max(dtype, jnp.dtype("float32"), key=lambda dtype: dtype.itemsize)
 
     # Ours is [N,H,W,C] by [R,S,C,M], or [N,C,H,W] where that is lax's layout already.
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
@@ -66,10 +67,8 @@ def conv_general_dilated(
     if lhs.ndim == 3:
         x = lax.expand_dims(x, (1,))
     y = _rules.apply(
-        x.astype(jnp.promote_types(lhs.dtype, dtype)),
-        f.astype(jnp.promote_types(lhs.dtype, dtype)).reshape(
-            *spec.kernel_spatial, spec.channels, spec.multiplier
-        ),
+        x.astype(compute_dtype),
+        f.astype(compute_dtype).reshape(*spec.kernel_spatial, spec.channels, spec.multiplier),
         op="forward",
         spec=spec,
         forward_mode=True,
@@ -79,7 +78,15 @@ def conv_general_dilated(
     return y if y_axes is None else lax.transpose(y, y_axes)
 
 
-def _depthwise(
+def _depthwise_spec(lhs: Any, rhs: Any, *arguments: Any) -> ConvSpec | None:
+    """The spec of a depthwise call. None if it is another, or wrong: lax has the say on both."""
+    try:
+        return _canonicalize(jnp.asarray(lhs), jnp.asarray(rhs), *arguments)
+    except (TypeError, ValueError, NotImplementedError):
+        return None
+
+
+def _canonicalize(
     lhs: jax.Array,
     rhs: jax.Array,
     window_strides: Any,
@@ -92,13 +99,12 @@ def _depthwise(
     precision: Any,
     preferred_element_type: Any,
     out_sharding: Any,
-) -> tuple[ConvSpec, np.dtype]:
-    """The spec and the dtype of the result, or ValueError if the call is not depthwise."""
+) -> ConvSpec | None:
     rank = lhs.ndim - 2
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     n, channels, *spatial = (lhs.shape[i] for i in numbers.lhs_spec)
     features, group, *window = (rhs.shape[i] for i in numbers.rhs_spec)
-    dtype = np.dtype(lhs.dtype if preferred_element_type is None else preferred_element_type)
+    dtype = jnp.dtype(preferred_element_type or lhs.dtype)
     if isinstance(padding, str):
         padding = padding.upper()
     rhs_dilation = (1,) * rank if rhs_dilation is None else rhs_dilation
@@ -114,8 +120,9 @@ def _depthwise(
         and not any(axis for x in (lhs, rhs) for axis in jax.typeof(x).sharding.spec)
         and lhs.dtype == rhs.dtype
         and {lhs.dtype.name, dtype.name} <= set(DTYPES)
+        and lhs.dtype.itemsize <= dtype.itemsize
     ):
-        raise ValueError("not a depthwise convolution")
+        return None
     if rank == 1:
         spatial, window = [1, *spatial], [1, *window]
         window_strides, rhs_dilation = (1, *window_strides), (1, *rhs_dilation)
@@ -134,6 +141,4 @@ def _depthwise(
         precision,
         None,
     )
-    if 0 in spec.out_spatial:
-        raise ValueError("nothing to compute")
-    return spec, dtype
+    return None if 0 in spec.out_spatial else spec

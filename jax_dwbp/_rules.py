@@ -24,6 +24,7 @@ cheap: its implementation is traced only for the platforms that are lowered for.
 the taps in the jaxpr: 700 ms to trace forward and gradient. lax 53 ms, the primitive 44 ms.)
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -35,7 +36,7 @@ from jax.extend.core import Primitive, jaxprs_in_params
 from jax.interpreters import ad, batching, mlir
 
 from jax_dwbp import _dispatch
-from jax_dwbp._spec import OPERANDS, ConvSpec, Op
+from jax_dwbp._spec import OPERANDS, PRECISIONS, ConvSpec, Op
 
 # The op that leaves out each argument of T.
 _LEAVES_OUT: dict[str, Op] = {"x": "input_grad", "f": "filter_grad", "dy": "forward"}
@@ -47,6 +48,10 @@ def apply(a: jax.Array, b: jax.Array, *, op: Op, spec: ConvSpec, forward_mode: b
     """Runs `op`: forward(x, f), input_grad(f, dy) or filter_grad(x, dy)."""
     if spec.implementation is not None:
         _dispatch.select(op, spec, None)  # what no platform can do is refused while tracing
+    if spec.precision is None:
+        # lax reads this when a conv is called; by the time ours is lowered it may have changed.
+        default = PRECISIONS.get(str(jax.config.jax_default_matmul_precision).lower())
+        spec = dataclasses.replace(spec, precision=default)
     a, b = _same_varying_axes(a, b)
     return (_bind if forward_mode else _reverse_mode)(op, spec, a, b)
 
@@ -114,6 +119,11 @@ def _eager(a, b, *, op, spec):
 
 @_primitive.def_abstract_eval
 def _abstract_eval(a, b, *, op, spec):
+    if any(axis for operand in (a, b) for axis in operand.sharding.spec):
+        raise NotImplementedError(
+            f"explicit sharding of the operands is not supported, got {a} and {b}: use axes of type "
+            f"`AxisType.Auto`, or `jax.shard_map`"
+        )
     return a.update(shape=_dispatch.result_shape(op, spec, a.shape, b.shape), weak_type=False)
 
 
@@ -125,27 +135,28 @@ def _batch(operands, dims, *, op, spec):
         for operand, dim in zip(operands, dims, strict=True)
     ]
     size = operands[batched.index(True)].shape[0]
-    shared_filter = ("f", False) in zip(OPERANDS[op], batched, strict=True)
-    if shared_filter and not problems:
-        # The new axis joins N, where it costs nothing.
-        operands = [_merge(x) if is_batched else x for x, is_batched in zip(operands, batched)]
-        return _split(_bind(op, spec, *operands), size), 0
-    operands = [
-        x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-        for x, is_batched in zip(operands, batched)
-    ]
-    if problems:
-        operands = [_merge(x) for x in operands]
-    result = _bind(op, spec, *operands)
-    return _split(result, size) if problems else result, 0
-
-
-def _merge(x: jax.Array) -> jax.Array:
-    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
-
-
-def _split(x: jax.Array, size: int) -> jax.Array:
-    return x.reshape(size, x.shape[0] // max(size, 1), *x.shape[1:])
+    if ("f", False) in zip(OPERANDS[op], batched, strict=True) and not problems:
+        # The filter is shared: the new axis joins N, where it costs nothing.
+        merge = batched
+    else:
+        # It becomes the axis of problems, or joins the one that is there.
+        operands = [
+            operand if is_batched else jnp.broadcast_to(operand, (size, *operand.shape))
+            for operand, is_batched in zip(operands, batched, strict=True)
+        ]
+        merge = [problems, problems]
+    if not any(merge):
+        return _bind(op, spec, *operands), 0
+    inner = operands[merge.index(True)].shape[1]
+    result = _bind(
+        op,
+        spec,
+        *(
+            operand.reshape(size * inner, *operand.shape[2:]) if merged else operand
+            for operand, merged in zip(operands, merge, strict=True)
+        ),
+    )
+    return result.reshape(size, inner, *result.shape[1:]), 0
 
 
 def _run(a, b, *, op, spec, platform):

@@ -32,7 +32,8 @@ _NAMES: dict[Op, tuple[str, str, str]] = {
 }
 # Where data_format puts the height, the width and the channels.
 _AXES = {"NHWC": (1, 2, 3), "NCHW": (2, 3, 1)}
-_PRECISIONS = {
+# lax's precision by the names that `jax.lax.Precision` and the configuration go by.
+PRECISIONS = {
     "default": "default",
     "bfloat16": "default",
     "fastest": "default",
@@ -310,13 +311,13 @@ def _geometry(
 def _precision(value: Any) -> str | tuple[str, str] | None:
     """lax's precision, by the names that it has in both of lax's notations."""
     names = value if isinstance(value, tuple | list) else (value,)
-    known = [_PRECISIONS.get(str(getattr(name, "name", name)).lower()) for name in names]
+    known = [PRECISIONS.get(str(getattr(name, "name", name)).lower()) for name in names]
     if value is None:
         return None
     if None in known or len(known) not in (1, 2):
         raise ValueError(
             f"`precision` must be None, a `jax.lax.Precision`, one out of "
-            f"{', '.join(_PRECISIONS)}, or a pair of these, got {value!r}"
+            f"{', '.join(PRECISIONS)}, or a pair of these, got {value!r}"
         )
     return known[0] if len(known) == 1 else (known[0], known[1])  # pyright: ignore
 

@@ -1,10 +1,16 @@
-"""The three ops as float64 loops over the taps, written from TensorFlow's rules alone.
+"""The three ops as loops over the taps in float64 or better, written from TensorFlow's rules alone.
 
 It shares no code with the package: sizes and pads are worked out here, from the input's size, and
 each tap lists the pairs of rows and of columns that it joins.
 """
 
 import numpy as np
+
+
+def _wide(*operands):
+    """The operands in a type that can judge theirs: float64, or what the platform has beyond it."""
+    wider = np.longdouble if operands[0].dtype == np.float64 else np.float64
+    return [np.asarray(operand).astype(wider) for operand in operands]
 
 
 def geometry(size, kernel, stride, dilation, padding):
@@ -49,27 +55,27 @@ def _taps(case):
 
 
 def forward(case, x, f):
-    x, f = np.asarray(x, np.float64), np.asarray(f, np.float64)
+    x, f = _wide(x, f)
     n, p, q, _ = output_shape(case)
-    y = np.zeros((n, p, q, *f.shape[2:]))
+    y = np.zeros((n, p, q, *f.shape[2:]), x.dtype)
     for r, s, (h, w), (p, q) in _taps(case):
         y[:, p, q] += x[:, h, w, :, None] * f[r, s]
     return y.reshape(output_shape(case))
 
 
 def input_grad(case, f, dy):
-    f, dy = np.asarray(f, np.float64), np.asarray(dy, np.float64)
+    f, dy = _wide(f, dy)
     dy = dy.reshape(*dy.shape[:3], *f.shape[2:])
-    dx = np.zeros(case.input)
+    dx = np.zeros(case.input, f.dtype)
     for r, s, (h, w), (p, q) in _taps(case):
         dx[:, h, w] += (dy[:, p, q] * f[r, s]).sum(-1)
     return dx
 
 
 def filter_grad(case, x, dy):
-    x, dy = np.asarray(x, np.float64), np.asarray(dy, np.float64)
+    x, dy = _wide(x, dy)
     dy = dy.reshape(*dy.shape[:3], *case.filter[2:])
-    df = np.zeros(case.filter)
+    df = np.zeros(case.filter, x.dtype)
     for r, s, (h, w), (p, q) in _taps(case):
         df[r, s] = np.einsum("npqc,npqcm->cm", x[:, h, w], dy[:, p, q])
     return df

@@ -1,0 +1,221 @@
+"""The stand-in for lax's convolution: the same results, through this package where it can."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jax_dwbp
+
+LAYOUTS = (
+    None,
+    ("NCHW", "OIHW", "NCHW"),
+    ("NHWC", "HWIO", "NHWC"),
+    ("NHWC", "OIHW", "NCHW"),
+    ("HWCN", "HWIO", "HWCN"),
+    ("CHWN", "HWOI", "NHCW"),
+)
+
+
+def operands(layout, channels=4, multiplier=1, batch=2, spatial=(7, 6), window=(3, 2), dtype="float32"):
+    rank = len(spatial)
+    ones = (1,) * (rank + 2)
+    numbers = lax.conv_dimension_numbers(ones, ones, layout)
+    rng = np.random.default_rng(0)
+    arrays = []
+    for dims, spec in (
+        ((batch, channels, *spatial), numbers.lhs_spec),
+        ((channels * multiplier, 1, *window), numbers.rhs_spec),
+    ):
+        shape = [0] * len(dims)
+        for size, axis in zip(dims, spec, strict=True):
+            shape[axis] = size
+        arrays.append(jnp.asarray(rng.uniform(-1, 1, shape), dtype))
+    return arrays
+
+
+def ours(function, *arguments):
+    return len(jax_dwbp.implementations(function, *arguments, platform="cpu"))
+
+
+def check(lhs, rhs, runs_here, **options):
+    """Same result, dtype and gradients as lax, run by this package or not."""
+
+    def run(conv):
+        return lambda lhs, rhs: conv(lhs=lhs, rhs=rhs, **options)
+
+    got, want = run(jax_dwbp.conv_general_dilated), run(lax.conv_general_dilated)
+    assert ours(got, lhs, rhs) == runs_here
+    y, expected = got(lhs, rhs), want(lhs, rhs)
+    assert y.dtype == expected.dtype and y.shape == expected.shape
+    eps = max(float(jnp.finfo(x.dtype).eps) for x in (lhs, y))
+    np.testing.assert_allclose(
+        np.asarray(y, np.float64), np.asarray(expected, np.float64), rtol=8 * eps, atol=8 * eps
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_depthwise(layout):
+    for multiplier, padding, (strides, dilation) in itertools.product(
+        (1, 2),
+        ("SAME", "valid", ((1, 2), (0, 1))),
+        (((1, 1), None), ((2, 1), (1, 2))),
+    ):
+        lhs, rhs = operands(layout, multiplier=multiplier)
+        check(
+            *(lhs, rhs, 1),
+            window_strides=strides,
+            padding=padding,
+            rhs_dilation=dilation,
+            dimension_numbers=layout,
+            feature_group_count=4,
+        )
+
+
+@pytest.mark.parametrize("layout", [("NWC", "WIO", "NWC"), ("NCW", "OIW", "NCW"), None], ids=str)
+def test_one_dimension(layout):
+    for padding, stride in itertools.product(("same", "VALID", [(2, 0)]), (1, 2)):
+        lhs, rhs = operands(layout, multiplier=2, spatial=(9,), window=(4,))
+        check(
+            *(lhs, rhs, 1),
+            window_strides=[stride],
+            padding=padding,
+            dimension_numbers=layout,
+            feature_group_count=4,
+        )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"feature_group_count": 2},
+        {"lhs_dilation": (2, 1), "padding": ((1, 1), (1, 0))},
+        {"padding": "SAME_LOWER"},
+        {"padding": ((-1, 1), (0, 0))},
+        {"batch_group_count": 2, "feature_group_count": 1},
+    ],
+    ids=str,
+)
+def test_other_calls_go_to_lax(options):
+    lhs, rhs = operands(None)
+    if options.get("feature_group_count") == 2:
+        rhs = jnp.concatenate([rhs, rhs], axis=1)
+    elif "batch_group_count" in options:
+        rhs = jnp.concatenate([rhs] * 4, axis=1)
+    defaults = {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 4}
+    check(lhs, rhs, 0, **{**defaults, **options})
+
+
+def test_one_channel_is_an_ordinary_convolution():
+    lhs, rhs = operands(None, channels=1, multiplier=8)
+    check(lhs, rhs, 0, window_strides=(1, 1), padding="SAME", feature_group_count=1)
+
+
+def test_ones_for_lhs_dilation_and_no_out_sharding():
+    """What flax.nnx and equinox pass on every call."""
+    lhs, rhs = operands(None)
+    check(
+        *(lhs, rhs, 1),
+        window_strides=(1, 1),
+        padding=[(1, 1), (1, 1)],
+        lhs_dilation=(1, 1),
+        rhs_dilation=(1, 1),
+        feature_group_count=4,
+        precision=lax.Precision.HIGHEST,
+        out_sharding=None,
+        preferred_element_type=None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "preferred"),
+    [
+        ("bfloat16", None),
+        ("bfloat16", "float32"),
+        ("bfloat16", "float64"),
+        ("float16", "bfloat16"),
+        ("float16", "float16"),
+        ("float32", "float64"),
+        ("float64", "float64"),
+    ],
+)
+def test_preferred_element_type(dtype, preferred):
+    lhs, rhs = operands(None, dtype=dtype)
+    check(
+        *(lhs, rhs, 1),
+        window_strides=(1, 1),
+        padding="SAME",
+        feature_group_count=4,
+        preferred_element_type=preferred and jnp.dtype(preferred),
+    )
+
+
+def test_integers_go_to_lax():
+    lhs, rhs = (jnp.round(4 * x).astype("int32") for x in operands(None))
+    run = jax.jit(
+        lambda lhs, rhs: jax_dwbp.conv_general_dilated(
+            lhs, rhs, (1, 1), "SAME", feature_group_count=4
+        )
+    )
+    want = lax.conv_general_dilated(lhs, rhs, (1, 1), "SAME", feature_group_count=4)
+    np.testing.assert_array_equal(run(lhs, rhs), want)
+
+
+def test_derivatives_in_both_modes():
+    """Unlike the three ops this function takes lax's place, so it has lax's derivatives."""
+    lhs, rhs = operands(("NHWC", "HWIO", "NHWC"), multiplier=2, dtype="float64", spatial=(4, 3))
+
+    def loss(conv, lhs, rhs):
+        y = conv(
+            *(lhs, rhs, (1, 2), "SAME"),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=4,
+        )
+        return jnp.sum(jnp.sin(y))
+
+    for derivative in (jax.grad, jax.jacfwd, jax.hessian):
+        got, want = (
+            derivative(loss, argnums=2)(conv, lhs, rhs)
+            for conv in (jax_dwbp.conv_general_dilated, lax.conv_general_dilated)
+        )
+        np.testing.assert_allclose(got, want, atol=1e-12)
+    batched = jax.vmap(jax.grad(loss, argnums=2), (None, 0, None))
+    got, want = (
+        batched(conv, jnp.stack([lhs, 2 * lhs]), rhs)
+        for conv in (jax_dwbp.conv_general_dilated, lax.conv_general_dilated)
+    )
+    np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")  # NumPy's, inside lax
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"window_strides": (0, 1)},
+        {"window_strides": (1,)},
+        {"window_strides": (1, 1, 1, 1)},
+        {"padding": "EQUAL"},
+        {"padding": ((1, 1),)},
+        {"feature_group_count": 3},
+        {"dimension_numbers": ("NHWC", "HWIO", "NH")},
+        {"precision": "exact"},
+        {"preferred_element_type": jnp.bfloat16},
+        {"rhs": None},
+        {"rhs": "kernel"},
+    ],
+    ids=str,
+)
+def test_errors_are_those_of_lax(change):
+    lhs, rhs = operands(None)
+    options = {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 4}
+
+    def outcome(conv):
+        try:
+            return conv(**{"lhs": lhs, "rhs": rhs, **options, **change}).shape
+        except Exception as error:
+            return type(error), str(error)[:80]
+
+    assert outcome(jax_dwbp.conv_general_dilated) == outcome(lax.conv_general_dilated)

@@ -1,0 +1,77 @@
+"""`jax.export`: one artifact for several platforms, symbolic batch sizes, gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import OPS, SMALL
+from jax import export
+
+CASE = SMALL[3]
+every_op = pytest.mark.parametrize("op", OPS)
+
+
+@every_op
+def test_one_artifact_for_all_platforms(op):
+    a, b = CASE.operands(op, "float64")
+
+    def gradient(a, b):
+        return jax.grad(lambda a, b: jnp.sum(CASE.run(op, a, b) ** 2), argnums=(0, 1))(a, b)
+
+    exported = export.export(jax.jit(gradient), platforms=("cpu", "tpu", "cuda"))(a, b)
+    restored = export.deserialize(exported.serialize())
+    assert restored.platforms == ("cpu", "tpu", "cuda")
+    for got, want in zip(restored.call(a, b), gradient(a, b), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+@every_op
+def test_exported_function_has_gradients(op):
+    a, b = CASE.operands(op, "float64")
+    run = functools.partial(CASE.run, op)
+    exported = export.export(jax.jit(run))(a, b)
+    restored = export.deserialize(exported.serialize(vjp_order=1))
+    got = jax.grad(lambda a: jnp.sum(restored.call(a, b) ** 2))(a)
+    np.testing.assert_allclose(got, jax.grad(lambda a: jnp.sum(run(a, b) ** 2))(a), atol=1e-12)
+
+
+@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
+@every_op
+def test_symbolic_batch(op, data_format):
+    """One artifact for every batch size; `input_sizes` takes its batch from out_backprop's."""
+    a, b = CASE.operands(op, "float64")
+    (n,) = export.symbolic_shape("n")
+
+    def symbolic(x, is_filter):
+        return jax.ShapeDtypeStruct(x.shape if is_filter else (n, *x.shape[1:]), x.dtype)
+
+    shapes = symbolic(a, op == "input_grad"), symbolic(b, op == "forward")
+    run = functools.partial(CASE.run, op, data_format=data_format)
+    exported = export.export(jax.jit(run))(*shapes)
+    for size in (1, 3):
+        operands = [
+            x if is_filter else np.concatenate([x] * 3)[:size]
+            for x, is_filter in zip((a, b), (op == "input_grad", op == "forward"), strict=True)
+        ]
+        np.testing.assert_allclose(exported.call(*operands), run(*operands), atol=1e-12)
+
+
+def test_symbolic_height_is_refused():
+    a, b = CASE.operands("forward")
+    (h,) = export.symbolic_shape("h")
+    shape = jax.ShapeDtypeStruct((a.shape[0], h, *a.shape[2:]), a.dtype)
+    with pytest.raises(NotImplementedError, match="`input` may have a symbolic batch size"):
+        export.export(jax.jit(functools.partial(CASE.run, "forward")))(shape, b)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+@every_op
+def test_lowering_without_the_hardware(op, platform):
+    a, b = CASE.operands(op)
+    lowered = jax.jit(functools.partial(CASE.run, op)).trace(a, b).lower(
+        lowering_platforms=(platform,)
+    )
+    # Each platform gets its own choice, made when it is lowered for.
+    assert ("stablehlo.convolution" in lowered.as_text()) == (platform != "cpu")

@@ -1,0 +1,95 @@
+"""Which implementation runs, on which platform, and how it is asked for."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import OPS, Case
+
+import jax_dwbp
+
+CASE = Case("selected", (1, 5, 6, 2), (3, 3, 2, 1))
+MANY_COLUMNS = Case("many_columns", (1, 3, 80, 2), (2, 64, 2, 1))
+MANY_PHASES = Case("many_phases", (1, 9, 9, 2), (3, 3, 2, 1), (5, 4))
+
+
+def selection(case, op, platform="cpu", **options):
+    a, b = case.operands(op)
+    [found] = jax_dwbp.implementations(
+        lambda a, b: case.run(op, a, b, **options), a, b, platform=platform
+    )
+    return found
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_defaults(op):
+    assert selection(CASE, op, "cpu") == (op, "xla_taps", {"xla_taps": None, "lax": None})
+    for platform in ("tpu", "cuda", "rocm"):
+        assert selection(CASE, op, platform).runs == "lax"
+
+
+def test_limits_of_xla_taps():
+    for op in OPS:
+        found = selection(MANY_COLUMNS, op)
+        assert found.runs == "lax"
+        assert "at most 63 columns, got 64" in found.reasons["xla_taps"]
+    found = selection(MANY_PHASES, "input_grad")
+    assert found.runs == "lax" and "at most 16, got (5, 4)" in found.reasons["xla_taps"]
+    assert selection(MANY_PHASES, "forward").runs == "xla_taps"
+
+
+def test_a_name_runs_that_one_or_raises():
+    assert selection(CASE, "forward", implementation="lax").runs == "lax"
+    a, b = MANY_COLUMNS.operands("forward")
+    with pytest.raises(NotImplementedError, match="xla_taps: .* at most 63 columns, got 64"):
+        MANY_COLUMNS.run("forward", a, b, implementation="xla_taps")
+    a, b = MANY_PHASES.operands("forward")
+    with pytest.raises(NotImplementedError, match="at most 16"):
+        # The gradient is asked of the same implementation.
+        jax.grad(
+            lambda a: jnp.sum(MANY_PHASES.run("forward", a, b, implementation="xla_taps"))
+        )(a)
+
+
+def test_a_sequence_is_tried_in_order():
+    for names, runs in ((("lax", "xla_taps"), "lax"), (["xla_taps", "lax"], "xla_taps")):
+        assert selection(CASE, "forward", implementation=names).runs == runs
+    found = selection(MANY_COLUMNS, "forward", implementation=("xla_taps", "lax"))
+    assert found.runs == "lax"
+
+
+def test_a_requested_implementation_is_what_runs():
+    """The lowered program says so, not a table."""
+    a, b = CASE.operands("input_grad")
+    for name in ("lax", "xla_taps"):
+        run = jax.jit(lambda a, b, name=name: CASE.run("input_grad", a, b, implementation=name))
+        assert ("stablehlo.convolution" in run.lower(a, b).as_text()) == (name == "lax")
+
+
+def test_looks_into_whole_functions():
+    """Gradients, control flow and containers of arguments included."""
+    x, f = CASE.operands("forward")
+
+    def loss(parameters, x):
+        def body(x, f):
+            return CASE.run("forward", x, f), None
+
+        return jnp.sum(jax.lax.scan(body, x, parameters["filters"])[0])
+
+    parameters = {"filters": jnp.stack([jnp.asarray(f)] * 2)}
+    x = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    ops = [s.op for s in jax_dwbp.implementations(jax.grad(loss), parameters, x, platform="cpu")]
+    assert sorted(ops) == ["filter_grad", "forward", "input_grad"]
+    assert jax_dwbp.implementations(jnp.sin, x) == []
+
+
+def test_sizes_stay_static():
+    f, dy = CASE.operands("input_grad")
+    [found] = jax_dwbp.implementations(
+        jax_dwbp.depthwise_conv2d_native_backprop_input, CASE.input, f, dy, (1, 1), "SAME"
+    )
+    assert found.op == "input_grad"
+
+
+def test_unknown_platform():
+    with pytest.raises(ValueError, match="`platform` must be one of cpu, .* got 'abacus'"):
+        jax_dwbp.implementations(jnp.sin, jnp.ones(3), platform="abacus")

@@ -1,0 +1,109 @@
+"""`shard_map` and sharded inputs on 8 host devices: values, and gradients of replicated operands."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import IMPLEMENTATIONS, Case
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+P = PartitionSpec
+CASE = Case("sharded", (8, 5, 6, 2), (3, 3, 2, 2), (2, 1))
+BIG_FILTER = Case("sharded_big_filter", (8, 9, 9, 2), (9, 8, 2, 1))
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    assert len(jax.devices()) == 8, "conftest.py asks for 8 host devices before jax is imported"
+    return jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+
+
+def specs(op):
+    return {
+        "forward": ((P("batch"), P()), P("batch")),
+        "input_grad": ((P(), P("batch")), P("batch")),
+        "filter_grad": ((P("batch"), P("batch")), P()),
+    }[op]
+
+
+def sharded(case, op, mesh, **options):
+    """The op on shards of the batch; filter gradients are summed over them."""
+    in_specs, out_specs = specs(op)
+
+    def local(a, b):
+        result = case.run(op, a, b, **options)
+        return jax.lax.psum(result, "batch") if op == "filter_grad" else result
+
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("forward_mode", [False, True])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("op", ["forward", "input_grad", "filter_grad"])
+def test_values_and_gradients(mesh, op, implementation, forward_mode, jit):
+    options = {"implementation": implementation, "forward_mode": forward_mode}
+    run = sharded(CASE, op, mesh, **options)
+    operands = CASE.operands(op, "float64")
+
+    def loss(run, a, b):
+        return jnp.sum(jnp.sin(run(a, b)))
+
+    gradient = jax.grad(loss, argnums=(1, 2))
+    wrap = jax.jit if jit else lambda function: function
+    whole = functools.partial(CASE.run, op)
+    np.testing.assert_allclose(wrap(run)(*operands), whole(*operands), atol=1e-12)
+    got = wrap(functools.partial(gradient, run))(*operands)
+    for g, w in zip(got, gradient(whole, *operands), strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-12)
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", [CASE, BIG_FILTER], ids=str)
+def test_gradient_inside(mesh, case, implementation, check_vma):
+    """`grad` of the local loss: the replicated filter's gradient is summed over the shards."""
+    x, f = case.operands("forward", "float64")
+
+    def loss(x, f):
+        return jnp.sum(jnp.sin(case.run("forward", x, f, implementation=implementation)))
+
+    def local(x, f):
+        dx, df = jax.grad(loss, argnums=(0, 1))(x, f)
+        return dx, df if check_vma else jax.lax.psum(df, "batch")
+
+    got = jax.jit(
+        jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(P("batch"), P()),
+            out_specs=(P("batch"), P()),
+            check_vma=check_vma,
+        )
+    )(x, f)
+    for g, w in zip(got, jax.grad(loss, argnums=(0, 1))(x, f), strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-12)
+
+
+@pytest.mark.parametrize("op", ["forward", "input_grad", "filter_grad"])
+def test_sharded_inputs_under_jit(mesh, op):
+    in_specs, _ = specs(op)
+    operands = CASE.operands(op)
+    placed = [
+        jax.device_put(x, NamedSharding(mesh, spec))
+        for x, spec in zip(operands, in_specs, strict=True)
+    ]
+    got = jax.jit(functools.partial(CASE.run, op))(*placed)
+    CASE.check(op, got, CASE.expected(op, *operands), "float32")
+
+
+def test_explicit_sharding_is_refused(mesh):
+    """Rather than typed wrongly."""
+    x, f = CASE.operands("forward")
+    explicit = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(explicit):
+        x = jax.device_put(x, NamedSharding(explicit, P("batch")))
+        with pytest.raises(NotImplementedError, match="explicit sharding"):
+            CASE.run("forward", x, jnp.asarray(f))

@@ -1,0 +1,173 @@
+"""What wraps a call without deriving or batching it: jit, control flow, dtypes, threads."""
+
+import concurrent.futures
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import OPS, SMALL, Case
+
+import jax_dwbp
+
+CASE = SMALL[1]
+every_op = pytest.mark.parametrize("op", OPS)
+
+
+def call(op, **options):
+    return functools.partial(CASE.run, op, **options)
+
+
+@every_op
+def test_eval_shape_and_jaxpr(op):
+    a, b = CASE.operands(op)
+    shape = jax.eval_shape(call(op), a, b)
+    result = call(op)(a, b)
+    assert (shape.shape, shape.dtype) == (result.shape, result.dtype)
+    # The implementation is not in the jaxpr: one equation, whatever the filter's size.
+    assert str(jax.make_jaxpr(call(op))(a, b)).count("depthwise_conv2d[") == 1
+
+
+@every_op
+def test_disable_jit(op):
+    a, b = CASE.operands(op)
+    with jax.disable_jit():
+        got = call(op)(a, b)
+        gradient = jax.grad(lambda a: jnp.sum(call(op)(a, b)))(a)
+    np.testing.assert_array_equal(got, call(op)(a, b))
+    assert gradient.shape == a.shape
+
+
+@every_op
+def test_scan_with_checkpoint(op):
+    """Gradients through a scan whose body is rematerialised, against the unrolled loop."""
+    a, b = CASE.operands(op, "float64")
+
+    def step(a, scale):
+        return a * (1 + 0.1 * jnp.mean(call(op)(a, b * scale) ** 2)), None
+
+    scales = jnp.array([1.0, 0.5, 2.0])
+
+    def scanned(a):
+        return jnp.sum(jax.lax.scan(jax.checkpoint(step), a, scales)[0] ** 2)
+
+    def unrolled(a):
+        for scale in scales:
+            a, _ = step(a, scale)
+        return jnp.sum(a**2)
+
+    np.testing.assert_allclose(
+        jax.jit(jax.grad(scanned))(a), jax.grad(unrolled)(a), rtol=1e-10, atol=1e-10
+    )
+
+
+@every_op
+def test_cond_and_while(op):
+    a, b = CASE.operands(op, "float64")
+
+    def branch(flag, a):
+        return jax.lax.cond(flag, lambda a: call(op)(a, b), lambda a: -call(op)(a, b), a)
+
+    for flag in (True, False):
+        sign = 1 if flag else -1
+        np.testing.assert_allclose(jax.jit(branch)(flag, a), sign * call(op)(a, b), atol=1e-14)
+        got = jax.grad(lambda a, flag=flag: jnp.sum(branch(flag, a) ** 2))(a)
+        want = jax.grad(lambda a: jnp.sum(call(op)(a, b) ** 2))(a)
+        np.testing.assert_allclose(got, want, atol=1e-12)
+    looped = jax.lax.fori_loop(0, 3, lambda i, a: a + jnp.mean(call(op)(a, b)), a)
+    for _ in range(3):
+        a = a + jnp.mean(call(op)(a, b))
+    np.testing.assert_allclose(looped, a, rtol=1e-12)
+
+
+@every_op
+def test_donation(op):
+    """A donated operand is given up, and what could be built in its place is right."""
+    case = Case("donated", (2, 5, 6, 3), (3, 3, 3, 1))  # input and output have one shape
+    a, b = (jnp.asarray(x) for x in case.operands(op))
+    want = np.asarray(case.run(op, a, b))
+    index = 0 if op == "forward" else 1
+    donating = jax.jit(functools.partial(case.run, op), donate_argnums=index)
+    if op == "filter_grad":
+        with pytest.warns(UserWarning, match="donated buffers were not usable"):
+            got = donating(a, b)
+    else:
+        got = donating(a, b)
+        assert (a, b)[index].is_deleted()
+    np.testing.assert_array_equal(got, want)
+
+
+@every_op
+def test_numpy_and_jax_operands_agree(op):
+    a, b = CASE.operands(op)
+    want = call(op)(jnp.asarray(a), jnp.asarray(b))
+    np.testing.assert_array_equal(call(op)(a, b), want)
+    lists = {
+        "forward": lambda: jax_dwbp.depthwise_conv2d_native(
+            a.tolist(), jnp.asarray(b, "float64"), **CASE.attributes()
+        ),
+        "input_grad": lambda: jax_dwbp.depthwise_conv2d_native_backprop_input(
+            np.array(CASE.input), a.tolist(), jnp.asarray(b, "float64"), **CASE.attributes()
+        ),
+        "filter_grad": lambda: jax_dwbp.depthwise_conv2d_native_backprop_filter(
+            a.tolist(), jnp.array(CASE.filter), jnp.asarray(b, "float64"), **CASE.attributes()
+        ),
+    }
+    np.testing.assert_allclose(lists[op](), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+@every_op
+def test_weak_types_give_way(op, dtype):
+    a, b = CASE.operands(op, dtype)
+    weak = jnp.full(a.shape, 0.5)
+    assert jax.typeof(weak).weak_type
+    got = call(op)(weak, b)
+    np.testing.assert_array_equal(got, call(op)(weak.astype(dtype), b))
+    assert got.dtype == jnp.dtype(dtype) and not jax.typeof(got).weak_type
+    both = call(op)(weak, jnp.full(b.shape, 0.5))
+    assert both.dtype == weak.dtype and not jax.typeof(both).weak_type
+    gradient = jax.grad(lambda weak: jnp.sum(call(op)(weak, b)).astype("float32"))(weak)
+    assert gradient.dtype == weak.dtype
+
+
+def test_without_x64():
+    """float64 NumPy arrays become float32, as everywhere in JAX."""
+    a, b = CASE.operands("input_grad", "float64")
+    with jax.enable_x64(False):
+        got = call("input_grad")(a, b)
+    assert got.dtype == jnp.float32
+    CASE.check("input_grad", got, CASE.expected("input_grad", a, b), "float32")
+
+
+def test_name_is_a_scope():
+    a, b = CASE.operands("input_grad")
+    text = jax.jit(call("input_grad", name="my_scope")).lower(a, b).as_text(debug_info=True)
+    assert "my_scope" in text
+
+
+@every_op
+def test_concurrent_calls(op):
+    """Sixteen threads, each with its own shape and so its own compilation, twice."""
+    cases = SMALL[:16]
+    operands = [case.operands(op) for case in cases]
+
+    def run(i):
+        return np.asarray(cases[i].run(op, *operands[i]))
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        first, second = list(pool.map(run, range(16))), list(pool.map(run, range(16)))
+    for case, (a, b), got, again in zip(cases, operands, first, second, strict=True):
+        case.check(op, got, case.expected(op, a, b), "float32")
+        np.testing.assert_array_equal(got, again)
+
+
+def test_default_matmul_precision_is_part_of_the_call():
+    """As for lax: the precision in force when the op is called, not when it is lowered."""
+    a, b = CASE.operands("forward")
+    with jax.default_matmul_precision("highest"):
+        traced = jax.jit(call("forward", implementation="lax")).trace(a, b)
+    assert "HIGHEST" in traced.lower(lowering_platforms=("tpu",)).as_text()
+    plain = jax.jit(call("forward", implementation="lax")).trace(a, b)
+    assert "HIGHEST" not in plain.lower(lowering_platforms=("tpu",)).as_text()
