@@ -232,7 +232,7 @@ def _save(output: str, array: np.ndarray) -> None:
 
 def _reason(error: Exception) -> object:
     """What to say of `error`: of the system's, the text without its number and the file again."""
-    return getattr(error, "strerror", error)
+    return getattr(error, "strerror", None) or error
 
 
 # ---- The op on a picture, with its checks.

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_dwbp import _dispatch, _rules
-from jax_dwbp._spec import ConvSpec, Op, canonicalize, check_dtypes
+from jax_dwbp._spec import ConvSpec, Op, brief, canonicalize, check_dtype, check_same_dtype
 
 Precision = str | jax.lax.Precision | tuple[str, str] | None
 
@@ -59,8 +59,8 @@ def depthwise_conv2d_native(
       data_format: "NHWC" or "NCHW".
       dilations: the distance between the taps of the filter, written like `strides`.
       name: a `jax.named_scope` for the op.
-      precision: as in `jax.lax.conv_general_dilated`. For "lax" on accelerators; the other
-        implementations are exact to their accumulation.
+      precision: a `jax.lax.Precision`, its name, or a pair of them. For "lax" on accelerators; the
+        other implementations are exact to their accumulation.
       implementation: None for the best, which always exists. A name ("lax", "xla_taps") runs that
         one or raises; of a sequence of names, the first that can. Gradients follow it.
         `jax_dwbp.implementations` tells what runs and why the others don't.
@@ -68,8 +68,8 @@ def depthwise_conv2d_native(
         default the op is a `jax.custom_vjp`, which rules these out.
 
     Returns:
-      `[N, P, Q, C*M]` (or `[N, C*M, P, Q]`) in the dtype of the arguments. Sums are taken in float32,
-      for float64 in float64, and rounded once.
+      `[N, P, Q, C*M]` (or `[N, C*M, P, Q]`) in the dtype of the arguments. Sums are taken in
+      float32, for float64 in float64, and rounded once.
 
     Raises:
       TypeError: an argument of the wrong kind, dtypes that differ or that TensorFlow's op lacks.
@@ -126,8 +126,8 @@ def depthwise_conv2d_native_backprop_input(
 
     Args:
       input_sizes: the shape of the result, 4 integers in the order of `data_format`: a tuple, list,
-        NumPy or concrete JAX vector. Static: under `jit` take it from a `.shape`. It decides between
-        the inputs that have the same output shape; rows that no window touched get zeros.
+        NumPy or concrete JAX vector. Static: under `jit` take it from a `.shape`. It decides
+        between the inputs of one output shape; rows that no window touched get zeros.
       filter: `[R, S, C, M]`, float16, bfloat16, float32 or float64.
       out_backprop: `[N, P, Q, C*M]` (or `[N, C*M, P, Q]`) of the same dtype, dy.
 
@@ -181,7 +181,8 @@ def depthwise_conv2d_native_backprop_filter(
         df[r,s,c,m] = sum over n,p,q of
             x[n, p*stride - low + r*dilation, q*stride - low + s*dilation, c] * dy[n,p,q,c*M+m]
 
-    with zeros for x outside of its bounds: <df, f> = <dy, depthwise_conv2d_native(x, f)> for every f.
+    with zeros for x outside of its bounds: the adjoint by f, <df, f> = <dy,
+    depthwise_conv2d_native(x, f)> for every f.
 
     Shapes, transformations, accumulation, the other arguments and the errors are those of
     `depthwise_conv2d_native`. Unlike TensorFlow's CPU kernel, `dilations` count.
@@ -239,13 +240,13 @@ def implementations(
 
     Args:
       fun: the function.
-      *args: its arguments. Arrays of floats, which may be `jax.ShapeDtypeStruct`, and containers of
-        them are traced; anything else is passed on as it is.
+      *args: its arguments. `jax.ShapeDtypeStruct` and arrays, also in containers, are traced.
+        Vectors, which may be sizes, and anything else are passed on as they are.
       platform: "cpu", "cuda", "rocm" or "tpu"; by default that of `jax.default_backend()`.
       **kwargs: its keyword arguments, likewise.
 
     Returns:
-      One `Selection` for each depthwise convolution, in the order of the trace.
+      One `Selection` for each depthwise convolution that the result needs, in traced order.
 
     >>> x, f = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 1))
     >>> [op] = implementations(
@@ -254,15 +255,20 @@ def implementations(
     >>> op.runs
     'xla_taps'
     """
-    platform = platform or jax.default_backend()
-    platform = "cuda" if platform == "gpu" else platform
-    if platform not in _dispatch.PLATFORMS:
+    if not callable(fun):
+        raise TypeError(f"`fun` must be a function, got {brief(fun)}")
+    if platform is None:
+        platform = jax.default_backend()
+        platform = "cuda" if platform == "gpu" else platform
+    if not isinstance(platform, str) or platform not in _dispatch.PLATFORMS:
         raise ValueError(
-            f"`platform` must be one of {', '.join(_dispatch.PLATFORMS)}, got {platform!r}"
+            f"`platform` must be one of {', '.join(_dispatch.PLATFORMS)}, got {brief(platform)}"
         )
     leaves, tree = jax.tree.flatten((args, kwargs))
     traced = [
-        hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves
+        isinstance(leaf, jax.ShapeDtypeStruct)
+        or (isinstance(leaf, jax.Array | np.ndarray) and leaf.ndim != 1)
+        for leaf in leaves
     ]
 
     def call(arrays: list[Any]) -> Any:
@@ -274,40 +280,53 @@ def implementations(
     arrays = [x for x, t in zip(leaves, traced, strict=True) if t]
     return [
         Selection(op, *_dispatch.explain(op, spec, platform))
-        for op, spec in _rules.ops_in(jax.make_jaxpr(call)(arrays))
+        for op, spec in _rules.ops_in(call, arrays)
     ]
 
 
-def _operands(**operands: ArrayLike) -> list[jax.Array]:
-    arrays = [
-        operand if isinstance(operand, jax.Array) else _as_array(name, operand)
-        for name, operand in operands.items()
-    ]
-    dtypes = {name: x.dtype for name, x in zip(operands, arrays, strict=True)}
-    if len(set(dtypes.values())) > 1 and any(jax.typeof(x).weak_type for x in arrays):
+def _operands(**operands: Any) -> list[Any]:
+    """The operands as arrays of one dtype. NumPy's stay where they are until all is checked."""
+    arrays, dtypes = {}, {}
+    for name, operand in operands.items():
+        if isinstance(operand, jax.Array):
+            arrays[name], dtypes[name] = operand, operand.dtype
+        else:
+            arrays[name] = _as_array(name, operand)
+            dtypes[name] = jax.dtypes.canonicalize_dtype(arrays[name].dtype)
+        check_dtype(name, dtypes[name])
+    if len(set(dtypes.values())) > 1:
         # A weak type gives way to the other operand's, as everywhere in JAX.
-        dtype = jnp.result_type(*arrays)
-        arrays = [x.astype(dtype) if jax.typeof(x).weak_type else x for x in arrays]
-        dtypes = {name: x.dtype for name, x in zip(operands, arrays, strict=True)}
-    check_dtypes(dtypes)
-    return arrays
+        weak = {name for name, x in arrays.items() if jax.typeof(x).weak_type}
+        strong = {dtypes[name] for name in dtypes if name not in weak}
+        if weak and strong:
+            [dtype] = strong
+            arrays |= {name: arrays[name].astype(dtype) for name in weak}
+        else:
+            check_same_dtype(dtypes)
+    return list(arrays.values())
 
 
-def _as_array(name: str, value: Any) -> jax.Array:
+def _as_array(name: str, value: Any) -> Any:
     try:
-        return jnp.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"`{name}` must be an array, got {value!r}") from error
+        return (
+            np.asarray(value)
+            if isinstance(value, np.ndarray | list | tuple)
+            else jnp.asarray(value)
+        )
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"`{name}` must be an array, got {brief(value)}: {error}") from error
 
 
 def _apply(
     op: Op, spec: ConvSpec, a: jax.Array, b: jax.Array, name: Any, forward_mode: Any
 ) -> jax.Array:
+    if spec.implementation is not None:
+        _dispatch.select(op, spec, None)  # what no platform can do is refused here
     if not isinstance(forward_mode, bool):
-        raise TypeError(f"`forward_mode` must be True or False, got {forward_mode!r}")
+        raise TypeError(f"`forward_mode` must be True or False, got {brief(forward_mode)}")
     if name is None:
         return _rules.apply(a, b, op=op, spec=spec, forward_mode=forward_mode)
     if not isinstance(name, str):
-        raise TypeError(f"`name` must be a string or None, got {name!r}")
+        raise TypeError(f"`name` must be a string or None, got {brief(name)}")
     with jax.named_scope(name):
         return _rules.apply(a, b, op=op, spec=spec, forward_mode=forward_mode)

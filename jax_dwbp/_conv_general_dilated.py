@@ -31,8 +31,9 @@ def conv_general_dilated(
     Same signature, same results to rounding, same derivatives of every order and in both modes. A
     call is depthwise if it has one or two spatial dimensions, more than one input channel and
     `feature_group_count` equal to their number; floating-point operands of one dtype; no
-    `lhs_dilation`, `batch_group_count`, negative padding, `out_sharding` or empty dimension. Any
-    other call, also one with an error in it, goes to lax unchanged.
+    `lhs_dilation`, `batch_group_count`, negative padding, `out_sharding` (nor explicit sharding
+    beyond the batch) and no empty dimension. Any other call, also one with an error in it, goes to
+    lax unchanged.
 
     Args: see `jax.lax.conv_general_dilated`.
 
@@ -81,14 +82,14 @@ def conv_general_dilated(
 def _depthwise_spec(lhs: Any, rhs: Any, *arguments: Any) -> ConvSpec | None:
     """The spec of a depthwise call. None if it is another, or wrong: lax has the say on both."""
     try:
-        return _canonicalize(jnp.asarray(lhs), jnp.asarray(rhs), *arguments)
+        return _canonicalize(lhs, rhs, *arguments)
     except (TypeError, ValueError, NotImplementedError):
         return None
 
 
 def _canonicalize(
-    lhs: jax.Array,
-    rhs: jax.Array,
+    lhs: Any,
+    rhs: Any,
     window_strides: Any,
     padding: Any,
     lhs_dilation: Any,
@@ -100,27 +101,38 @@ def _canonicalize(
     preferred_element_type: Any,
     out_sharding: Any,
 ) -> ConvSpec | None:
-    rank = lhs.ndim - 2
+    types = [jax.typeof(x) for x in (lhs, rhs)]
+    dtype = jnp.dtype(preferred_element_type or types[0].dtype)
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    rank = lhs.ndim - 2
     n, channels, *spatial = (lhs.shape[i] for i in numbers.lhs_spec)
     features, group, *window = (rhs.shape[i] for i in numbers.rhs_spec)
-    dtype = jnp.dtype(preferred_element_type or lhs.dtype)
+    ones = (1,) * rank
+    lhs_dilation = ones if lhs_dilation is None else lhs_dilation
+    rhs_dilation = ones if rhs_dilation is None else rhs_dilation
     if isinstance(padding, str):
         padding = padding.upper()
-    rhs_dilation = (1,) * rank if rhs_dilation is None else rhs_dilation
+    # Also what is written in a way that lax would not take: what is left is safe to interpret.
     if not (
         rank in (1, 2)
-        and len(window_strides) == len(rhs_dilation) == rank
-        and (padding in ("SAME", "VALID") if isinstance(padding, str) else len(padding) == rank)
-        and (lhs_dilation is None or all(d == 1 for d in lhs_dilation))
+        and all(type(count) is int for count in (feature_group_count, batch_group_count))
         and feature_group_count == channels > group == 1 == batch_group_count
         and features % channels == 0
         and all(size > 0 for size in (*spatial, *rhs.shape))
+        and all(
+            isinstance(attribute, tuple | list) and len(attribute) == rank
+            for attribute in (window_strides, lhs_dilation, rhs_dilation)
+        )
+        and tuple(lhs_dilation) == ones
+        and (padding in ("SAME", "VALID") if isinstance(padding, str) else len(padding) == rank)
+        and (precision is None or isinstance(precision, lax.Precision | str))
+        and types[0].dtype == types[1].dtype
+        and {types[0].dtype.name, dtype.name} <= set(DTYPES)
+        and types[0].dtype.itemsize <= dtype.itemsize
+        and not (types[0].weak_type and types[1].weak_type)
         and out_sharding is None
-        and not any(axis for x in (lhs, rhs) for axis in jax.typeof(x).sharding.spec)
-        and lhs.dtype == rhs.dtype
-        and {lhs.dtype.name, dtype.name} <= set(DTYPES)
-        and lhs.dtype.itemsize <= dtype.itemsize
+        and not any(types[1].sharding.spec)
+        and not any(types[0].sharding.spec[i] for i in numbers.lhs_spec[1:])
     ):
         return None
     if rank == 1:

@@ -1,4 +1,4 @@
-"""The table of implementations, and which of them runs: decided per platform, when an op is lowered.
+"""The table of implementations, and which of them runs: decided per platform, at lowering.
 
 This is the only place that knows layouts, empty operands and the shape of a result.
 """
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_dwbp._impl import lax, xla_taps
-from jax_dwbp._spec import OPERANDS, ConvSpec, Op
+from jax_dwbp._spec import OPERANDS, ConvSpec, Op, brief
 
 _IMPLEMENTATIONS = {"lax": lax, "xla_taps": xla_taps}
 # Best first. On a CPU (2 cores, AVX-512, float32, batch 8) xla_taps is 20 to 400 times faster than
@@ -30,7 +30,9 @@ def explain(
     requested = spec.implementation or names
     for name in requested:
         if name not in reasons:
-            raise ValueError(f"`implementation` must be out of {', '.join(names)}, got {name!r}")
+            raise ValueError(
+                f"`implementation` must be out of {', '.join(names)}, got {brief(name)}"
+            )
     return next((name for name in requested if reasons[name] is None), None), reasons
 
 
@@ -38,7 +40,8 @@ def select(op: Op, spec: ConvSpec, platform: str | None) -> str:
     """The name of the implementation that runs `op`, or NotImplementedError with the reasons."""
     runs, reasons = explain(op, spec, platform)
     if runs is None:
-        why = "; ".join(f"{name}: {reasons[name]}" for name in spec.implementation or reasons)
+        requested = dict.fromkeys(spec.implementation or reasons)
+        why = "; ".join(f"{name}: {reasons[name]}" for name in requested)
         raise NotImplementedError(f"`implementation` can't run {op}: {why}")
     return runs
 

@@ -2,8 +2,8 @@
 
 The depthwise convolution of x by f, paired with dy, is one trilinear form:
 
-    T(x, f, dy) = sum over n,p,q,r,s,c,m of
-        x[n, p*stride - low + r*dilation, q*stride - low + s*dilation, c] * f[r,s,c,m] * dy[n,p,q,c*M+m]
+    T(x, f, dy) = sum over n,p,q,r,s,c,m of x[n,h,w,c] * f[r,s,c,m] * dy[n,p,q,c*M+m]
+        with h = p*stride - low + r*dilation, w = q*stride - low + s*dilation
 
 Each of the three ops is the derivative of T by one argument, which is linear in the other two:
 
@@ -12,8 +12,8 @@ Each of the three ops is the derivative of T by one argument, which is linear in
 So the derivatives of an op need nothing new. Let an op leave out the argument v of T and take a
 and b, and let u be the cotangent of its result, shaped like v. Then <u, op(a, b)> = T(a, b, u), and
 
-    the cotangent of a is the op that leaves out a, at (b, u); that of b is the op that leaves out b,
-    at (a, u), each in the order (x, f, dy).
+    the cotangent of a is the op that leaves out a, at (b, u);
+    the cotangent of b is the op that leaves out b, at (a, u), each in the order (x, f, dy).
 
 The set is closed, hence derivatives of every order. The same holds if all arrays have a leading
 axis of independent problems, which is what `vmap` over filters adds.
@@ -26,14 +26,15 @@ the taps in the jaxpr: 700 ms to trace forward and gradient. lax 53 ms, the prim
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive, jaxprs_in_params
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, partial_eval
+from jax.sharding import PartitionSpec
 
 from jax_dwbp import _dispatch
 from jax_dwbp._spec import OPERANDS, PRECISIONS, ConvSpec, Op
@@ -46,27 +47,56 @@ _LEFT_OUT = {op: argument for argument, op in _LEAVES_OUT.items()}
 @functools.partial(jax.jit, static_argnames=("op", "spec", "forward_mode"))
 def apply(a: jax.Array, b: jax.Array, *, op: Op, spec: ConvSpec, forward_mode: bool) -> jax.Array:
     """Runs `op`: forward(x, f), input_grad(f, dy) or filter_grad(x, dy)."""
-    if spec.implementation is not None:
-        _dispatch.select(op, spec, None)  # what no platform can do is refused while tracing
     if spec.precision is None:
         # lax reads this when a conv is called; by the time ours is lowered it may have changed.
-        default = PRECISIONS.get(str(jax.config.jax_default_matmul_precision).lower())
-        spec = dataclasses.replace(spec, precision=default)
+        default = jax.config.jax_default_matmul_precision  # pyright: ignore
+        spec = dataclasses.replace(spec, precision=PRECISIONS.get(str(default).lower()))
     a, b = _same_varying_axes(a, b)
-    return (_bind if forward_mode else _reverse_mode)(op, spec, a, b)
+    run = functools.partial(_bind if forward_mode else _reverse_mode, op, spec)
+    if any(axis for operand in (a, b) for axis in jax.typeof(operand).sharding.spec):
+        run = jax.sharding.auto_axes(run, out_sharding=_explicit_sharding(op, spec, a, b))
+    return run(a, b)
 
 
-def ops_in(jaxpr: Any) -> Iterator[tuple[Op, ConvSpec]]:
-    """What every depthwise convolution in a jaxpr was bound with."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive is _primitive:
-            yield eqn.params["op"], eqn.params["spec"]
-        for inner in jaxprs_in_params(eqn.params):
-            yield from ops_in(inner)
+def _explicit_sharding(op: Op, spec: ConvSpec, a: jax.Array, b: jax.Array) -> PartitionSpec:
+    """The sharding of the result on a mesh with explicit axes, where N and C may be sharded."""
+    n, c = set(), set()
+    channels = 3 if spec.data_format == "NHWC" else 1
+    for name, operand in zip(OPERANDS[op], (a, b), strict=True):
+        axes = [*jax.typeof(operand).sharding.spec]
+        c.add(axes.pop(2 if name == "f" else channels))
+        if name != "f":
+            n.add(axes.pop(0))
+        if any(axes) or len(n) > 1 or len(c) > 1:
+            raise NotImplementedError(
+                f"with explicit sharding the batch and the channels may be sharded, alike in both "
+                f"operands, and nothing else; got {jax.typeof(a)} and {jax.typeof(b)}. "
+                f"`jax.shard_map` and mesh axes of type `AxisType.Auto` take any"
+            )
+    if op == "filter_grad":
+        return PartitionSpec(None, None, *c, None)
+    axes: list[Any] = [*n, None, None, None]
+    axes[channels] = c.pop()
+    return PartitionSpec(*axes)
+
+
+def ops_in(function: Callable, *args: Any) -> list[tuple[Op, ConvSpec]]:
+    """What each depthwise convolution in `function` is bound with, but for unused results."""
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+
+    def walk(jaxpr: Any) -> Iterator[tuple[Op, ConvSpec]]:
+        for eqn in jaxpr.eqns:
+            if eqn.primitive is _primitive:
+                yield eqn.params["op"], eqn.params["spec"]
+            for inner in jaxprs_in_params(eqn.params):
+                yield from walk(inner)
+
+    return list(walk(jaxpr))
 
 
 def _same_varying_axes(*operands: jax.Array) -> list[jax.Array]:
-    """The operands cast to vary over the same axes of a `shard_map`, so that their cotangents do."""
+    """The operands, varying over the same axes of a `shard_map` so that their cotangents do."""
     varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
     every = frozenset().union(*varying)
     return [
@@ -113,17 +143,14 @@ _primitive = Primitive("depthwise_conv2d")
 
 @_primitive.def_impl
 def _eager(a, b, *, op, spec):
-    with jax.disable_jit(False):
+    # Under `disable_jit` and, to find the culprit of a NaN, `debug_nans` JAX runs op by op. This is
+    # one op: what is in it can only be run compiled.
+    with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
         return apply(a, b, op=op, spec=spec, forward_mode=True)
 
 
 @_primitive.def_abstract_eval
 def _abstract_eval(a, b, *, op, spec):
-    if any(axis for operand in (a, b) for axis in operand.sharding.spec):
-        raise NotImplementedError(
-            f"explicit sharding of the operands is not supported, got {a} and {b}: use axes of type "
-            f"`AxisType.Auto`, or `jax.shard_map`"
-        )
     return a.update(shape=_dispatch.result_shape(op, spec, a.shape, b.shape), weak_type=False)
 
 

@@ -8,7 +8,10 @@ M depth multiplier.
 """
 
 import dataclasses
+import enum
+import math
 import operator
+import reprlib
 from typing import Any, Literal
 
 import numpy as np
@@ -44,11 +47,13 @@ PRECISIONS = {
     "float32": "highest",
 }
 _INT32_MAX = 2**31 - 1
+# XLA aborts the process at arrays of 2**63 bytes; also where some size is 0, taken as 1 here.
+_MAX_ELEMENTS = 2**63 // 8 - 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ConvSpec:
-    """A depthwise convolution without its batch size and dtype: the static half of all three ops."""
+    """A depthwise convolution less its batch size and dtype: the static half of all three ops."""
 
     data_format: Literal["NHWC", "NCHW"]
     in_spatial: Pair  # H, W
@@ -96,20 +101,20 @@ def canonicalize(
     the caller gave for it. The forward op has no `out_backprop_shape`.
     """
     if not isinstance(data_format, str) or data_format not in _AXES:
-        raise ValueError(f"`data_format` must be 'NHWC' or 'NCHW', got {data_format!r}")
+        raise ValueError(f"`data_format` must be 'NHWC' or 'NCHW', got {brief(data_format)}")
     input_name, filter_name, out_name = _NAMES[op]
     batch = None
     if out_backprop_shape is not None:
-        out_backprop_shape = _array_shape(out_name, out_backprop_shape)
+        out_backprop_shape = _array_shape(out_name, out_backprop_shape, batched=True)
         batch = out_backprop_shape[0]
     if op == "input_grad":
         input_sizes = _sizes(input_name, input_sizes, batch)
     else:
-        input_sizes = _array_shape(input_name, input_sizes)
+        input_sizes = _array_shape(input_name, input_sizes, batched=True)
     if op == "filter_grad":
         filter_sizes = _sizes(filter_name, filter_sizes)
     else:
-        filter_sizes = _array_shape(filter_name, filter_sizes)
+        filter_sizes = _array_shape(filter_name, filter_sizes, batched=False)
 
     height, width, depth = _AXES[data_format]
     in_spatial, channels = (input_sizes[height], input_sizes[width]), input_sizes[depth]
@@ -127,6 +132,14 @@ def canonicalize(
         _geometry(f"`{filter_name}`", *axis)
         for axis in zip(in_spatial, kernel_spatial, window_strides, rhs_dilation, pads, strict=True)
     )
+    padded = [size + sum(pads) for size, pads in zip(in_spatial, (row_pads, col_pads), strict=True)]
+    for name, sizes in (
+        (f"`{filter_name}`", filter_sizes),
+        (f"`{input_name}`, padded,", (input_sizes[0], *padded, channels)),
+        ("the output", (input_sizes[0], rows, cols, channels * multiplier)),
+    ):
+        if math.prod(size or 1 for size in sizes if isinstance(size, int)) > _MAX_ELEMENTS:
+            raise ValueError(f"{name} must have less than 2**60 elements, got sizes {sizes}")
     if out_backprop_shape is not None:
         expected = [input_sizes[0]] * 4
         expected[height], expected[width], expected[depth] = rows, cols, channels * multiplier
@@ -134,7 +147,8 @@ def canonicalize(
             raise ValueError(
                 f"`{out_name}` must have shape {tuple(expected)}, got {out_backprop_shape}: "
                 f"implied by `{input_name}` {input_sizes}, `{filter_name}` {filter_sizes}, "
-                f"`strides` {window_strides}, `dilations` {rhs_dilation}, `padding` {padding!r} "
+                f"`strides` {window_strides}, `dilations` {rhs_dilation}, `padding` "
+                f"{brief(padding)} "
                 f"and `data_format` {data_format!r}"
             )
     return ConvSpec(
@@ -152,23 +166,36 @@ def canonicalize(
     )
 
 
-def check_dtypes(dtypes: dict[str, np.dtype]) -> None:
-    """The operands of one op share one dtype, and it is one that TensorFlow's op takes."""
-    for name, dtype in dtypes.items():
-        if dtype.name not in DTYPES:
-            raise TypeError(f"`{name}` must have a dtype out of {', '.join(DTYPES)}, got {dtype}")
+def check_dtype(name: str, dtype: Any) -> None:
+    """It is one that TensorFlow's op takes."""
+    if getattr(dtype, "name", None) not in DTYPES:
+        raise TypeError(f"`{name}` must have a dtype out of {', '.join(DTYPES)}, got {dtype}")
+
+
+def check_same_dtype(dtypes: dict[str, np.dtype]) -> None:
+    """The operands of one op share one dtype."""
     if len(set(dtypes.values())) > 1:
         got = ", ".join(f"{dtype} for `{name}`" for name, dtype in dtypes.items())
         raise TypeError(f"{' and '.join(f'`{n}`' for n in dtypes)} must share a dtype, got {got}")
 
 
-def _array_shape(name: str, shape: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The shape of an array argument: four sizes, static but for the batch."""
+def brief(value: Any) -> str:
+    """`value` for an error message: short, whatever it is."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"an array of shape {value.shape} and dtype {value.dtype}"
+    try:
+        return reprlib.repr(value)
+    except Exception:  # an integer that is too long to print, or a class with a broken repr
+        return f"a {type(value).__name__}"
+
+
+def _array_shape(name: str, shape: tuple[Any, ...], *, batched: bool) -> tuple[Any, ...]:
+    """The shape of an array argument: four sizes, static but for a batch."""
     if len(shape) != 4:
         raise ValueError(f"`{name}` must be 4-dimensional, got shape {shape}")
-    if any(type(size) is not int for size in shape[1:]):
+    if any(type(size) is not int for size in shape[batched:]):
         raise NotImplementedError(
-            f"`{name}` may have a symbolic batch size and no other, got shape {shape}"
+            f"`{name}` must have static sizes, but for a batch, got shape {shape}"
         )
     return shape
 
@@ -176,7 +203,13 @@ def _array_shape(name: str, shape: tuple[Any, ...]) -> tuple[Any, ...]:
 def _sizes(name: str, value: Any, batch: Any = None) -> tuple[Any, ...]:
     """A shape given as a vector. Its batch size may be symbolic, if it is that of out_backprop."""
     symbolic: list[Any] = []
-    if isinstance(value, tuple | list) and value and type(value[0]) is type(batch) is not int:
+    is_symbolic = batch is not None and type(batch) is not int
+    if (
+        is_symbolic
+        and isinstance(value, tuple | list)
+        and value[:1]
+        and type(value[0]) is type(batch)
+    ):
         if value[0] != batch:
             raise ValueError(f"`{name}` must start with the batch size {batch}, got {value[0]}")
         symbolic, value = [batch], value[1:]
@@ -200,17 +233,19 @@ def _integers(name: str, rule: str, value: Any, *, integral_floats: bool = False
             if array.ndim != 1:
                 raise TypeError
             value = array.tolist()
+        value = list(value)
         integers = []
         for entry in value:
             if integral_floats and isinstance(entry, float | np.floating) and entry == int(entry):
                 entry = int(entry)
             if isinstance(entry, bool | np.bool_):
                 raise TypeError
-            integers.append(operator.index(entry))
+            integers.append(operator.index(entry))  # pyright: ignore[reportArgumentType]
         return integers
     except (TypeError, ValueError, OverflowError) as error:
-        message = f"`{name}` must be {rule}, got {value!r}"
-        if "Tracer" in type(error).__name__:
+        message = f"`{name}` must be {rule}, got {brief(value)}"
+        entries = value if isinstance(value, list) else [value]
+        if any("Tracer" in type(entry).__name__ for entry in (error, *entries)):
             message += (
                 "; it must be static, known when the op is traced: under `jax.jit` mark it with "
                 "`static_argnums`, or take it from the `.shape` of an array"
@@ -228,7 +263,7 @@ def _spatial_attribute(name: str, value: Any, data_format: str) -> Pair:
             raise ValueError(f"`{name}` must be 1 in the batch and the channels, got {values}")
         values = [values[height], values[width]]
     if len(values) != 2:
-        raise ValueError(f"`{name}` must be {rule}, got {values}")
+        raise ValueError(f"`{name}` must be {rule}, got {brief(values)}")
     if not all(1 <= v <= _INT32_MAX for v in values):
         raise ValueError(f"`{name}` must be positive and below 2**31, got {tuple(values)}")
     return values[0], values[1]
@@ -236,36 +271,42 @@ def _spatial_attribute(name: str, value: Any, data_format: str) -> Pair:
 
 def _padding(padding: Any, explicit_paddings: Any, data_format: str) -> str | tuple[Pair, Pair]:
     """'SAME', 'VALID', or ((top, bottom), (left, right))."""
-    rule = "8 integers, (before, after) for each dimension in the order of `data_format`"
+    rule = "empty, or 8 integers: (before, after) for each dimension as in `data_format`"
     explicit = _integers("explicit_paddings", rule, explicit_paddings)
     if isinstance(padding, str):
         if padding not in ("SAME", "VALID", "EXPLICIT"):
-            hint = f"; did you mean {padding.upper()!r}?" if padding.upper() != padding else ""
             raise ValueError(
-                f"`padding` must be 'SAME', 'VALID', 'EXPLICIT' or explicit pairs, got "
-                f"{padding!r}{hint}"
+                f"`padding` must be 'SAME', 'VALID', 'EXPLICIT', in capitals, or explicit pairs, "
+                f"got {brief(padding)}"
             )
         if padding == "EXPLICIT":
             if len(explicit) != 8:
                 raise ValueError(
-                    f"`explicit_paddings` must be {rule}, when `padding` is 'EXPLICIT', got "
-                    f"{tuple(explicit)}"
+                    f"`explicit_paddings` must be 8 integers when `padding` is 'EXPLICIT', got "
+                    f"{brief(explicit)}"
                 )
             pairs = list(zip(explicit[::2], explicit[1::2], strict=True))
             return _spatial_pads("explicit_paddings", pairs, data_format)
     if explicit:
         raise ValueError(
             f"`explicit_paddings` must be empty unless `padding` is 'EXPLICIT', got "
-            f"{tuple(explicit)} with `padding` {padding!r}"
+            f"{brief(explicit)} with `padding` {brief(padding)}"
         )
     if isinstance(padding, str):
         return padding
     rule = "a string, ((top, bottom), (left, right)) or 4 pairs in the order of `data_format`"
-    if not hasattr(padding, "__len__") or isinstance(padding, bytes | dict | set):
-        raise TypeError(f"`padding` must be {rule}, got {padding!r}")
-    pairs = [tuple(_integers("padding", rule, pair)) for pair in padding]
-    if len(pairs) not in (2, 4) or any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"`padding` must be {rule}, got {padding!r}")
+    if isinstance(padding, tuple | list) and len(padding) in (2, 4):
+        pairs = padding
+    elif getattr(padding, "shape", None) in ((2, 2), (4, 2)):
+        pairs = list(padding)
+    else:
+        raise TypeError(f"`padding` must be {rule}, got {brief(padding)}")
+    try:
+        pairs = [tuple(_integers("padding", rule, pair)) for pair in pairs]
+    except TypeError as error:
+        raise TypeError(f"{error} in {brief(padding)}") from error
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"`padding` must be {rule}, got {brief(padding)}")
     return _spatial_pads("padding", pairs, data_format)
 
 
@@ -291,12 +332,12 @@ def _geometry(
         low, high = total // 2, total - total // 2
     else:
         low, high = (0, 0) if isinstance(pads, str) else pads
-        # C++ division truncates towards zero: a window that overhangs by less than one stride
+        # C++ division truncates towards zero: a window that overhangs by less than two strides
         # gives an empty output, one that overhangs further is an error.
         room = size + low + high - window + stride
         if room <= -stride:
             raise ValueError(
-                f"{name} must not overhang the padded input by a stride or more, got a dilated "
+                f"{name} must overhang the padded input by less than two strides, got a dilated "
                 f"size of {window} with stride {stride} on an input of {low} + {size} + {high}"
             )
         out = max(room, 0) // stride
@@ -310,24 +351,32 @@ def _geometry(
 
 def _precision(value: Any) -> str | tuple[str, str] | None:
     """lax's precision, by the names that it has in both of lax's notations."""
-    names = value if isinstance(value, tuple | list) else (value,)
-    known = [PRECISIONS.get(str(getattr(name, "name", name)).lower()) for name in names]
     if value is None:
         return None
-    if None in known or len(known) not in (1, 2):
+    pair = isinstance(value, tuple | list) and len(value) == 2
+    names = [
+        name.name.lower() if isinstance(name, enum.Enum) else name
+        for name in (value if pair else [value])
+    ]
+    if not all(isinstance(name, str) and name in PRECISIONS for name in names):
         raise ValueError(
             f"`precision` must be None, a `jax.lax.Precision`, one out of "
-            f"{', '.join(PRECISIONS)}, or a pair of these, got {value!r}"
+            f"{', '.join(PRECISIONS)}, or a pair of these, got {brief(value)}"
         )
-    return known[0] if len(known) == 1 else (known[0], known[1])  # pyright: ignore
+    known = [PRECISIONS[name] for name in names]
+    return (known[0], known[1]) if pair else known[0]
 
 
 def _implementation(value: Any) -> tuple[str, ...] | None:
     names = (value,) if isinstance(value, str) else value
     if names is None:
         return None
-    if not isinstance(names, tuple | list) or not names or not all(isinstance(n, str) for n in names):
+    if (
+        not isinstance(names, tuple | list)
+        or not names
+        or not all(isinstance(n, str) for n in names)
+    ):
         raise TypeError(
-            f"`implementation` must be None, a name or a sequence of names, got {value!r}"
+            f"`implementation` must be None, a name or a sequence of names, got {brief(value)}"
         )
     return tuple(names)

@@ -1,8 +1,8 @@
-"""Runs the tests of the depthwise ops that ship in TensorFlow's wheel with this package in their place.
+"""Runs the tests of the depthwise ops in TensorFlow's wheel with this package in the ops' place.
 
-A program, since the suite wants TensorFlow 1's global mode: its argument is a regular expression for
-the names of the tests, its standard output a JSON object of those that passed, failed and were
-skipped and of how often each of our ops was called.
+A program, since the suite wants TensorFlow 1's global mode. Its argument is a regular expression
+for the names of the tests; its standard output is a JSON object of those that passed, failed and
+were skipped, and of how often each of our ops was called.
 
 Half of the suite is for GPUs, to compare their kernels with the CPU's. Here the "GPU" is this
 package: `use_gpu=True` means ours, `use_gpu=False` TensorFlow's own kernel.
@@ -30,11 +30,6 @@ from tensorflow.python.platform import test
 
 import jax_dwbp
 
-jax.config.update("jax_enable_x64", True)
-tf.compat.v1.disable_v2_behavior()
-# The first makes decorators skip nothing, the second makes the tests of NCHW do anything at all.
-test_util.is_gpu_available = test.is_gpu_available = lambda *args, **kwargs: True
-
 TENSORFLOW = {
     name: getattr(nn_ops, name)
     for name in (
@@ -55,10 +50,7 @@ def run(name, shape, *operands, **attributes):
         calls[f"{name} {dtype.name} {attributes['data_format']}"] += 1
         arrays = iter(arrays)
         full = [next(arrays) if isinstance(x, tf.Tensor) else x for x in operands]
-        result = getattr(jax_dwbp, name)(*full, **attributes)
-        # TensorFlow trusts what a NumPy function claims of its dtype.
-        assert result.dtype == jnp.dtype(dtype.as_numpy_dtype)
-        return np.asarray(result)
+        return np.asarray(getattr(jax_dwbp, name)(*full, **attributes))
 
     result = tf.numpy_function(call, [x for x in operands if isinstance(x, tf.Tensor)], dtype)
     result.set_shape(shape)
@@ -138,12 +130,6 @@ def backprop_filter(input, filter_sizes, out_backprop, strides, padding, data_fo
     return run(name, sizes, input, sizes, out_backprop, **attributes)
 
 
-nn_ops.depthwise_conv2d_native = native
-nn_ops.depthwise_conv2d_native_backprop_input = backprop_input
-nn_ops.depthwise_conv2d_native_backprop_filter = backprop_filter
-nn_impl.depthwise_conv2d = interface
-
-
 class Suite(base.DepthwiseConv2DBase):
     @contextlib.contextmanager
     def cached_session(self, graph=None, config=None, use_gpu=True, force_gpu=False):
@@ -157,30 +143,29 @@ class Suite(base.DepthwiseConv2DBase):
             use_ours = True
 
 
-class Result(unittest.TextTestResult):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.passed = []
-
-    def addSuccess(self, test):
-        super().addSuccess(test)
-        self.passed.append(test)
+def set_up():
+    jax.config.update("jax_enable_x64", True)
+    tf.compat.v1.disable_v2_behavior()
+    # The first makes decorators skip nothing, the second makes tests of NCHW do anything at all.
+    test_util.is_gpu_available = test.is_gpu_available = lambda *args, **kwargs: True
+    nn_ops.depthwise_conv2d_native = native
+    nn_ops.depthwise_conv2d_native_backprop_input = backprop_input
+    nn_ops.depthwise_conv2d_native_backprop_filter = backprop_filter
+    nn_impl.depthwise_conv2d = interface
 
 
 def main(pattern):
-    names = unittest.TestLoader().getTestCaseNames(Suite)
-    tests = unittest.TestSuite(Suite(name) for name in names if re.search(pattern, name))
-    result = unittest.TextTestRunner(sys.stderr, resultclass=Result, verbosity=2).run(tests)
-    outcomes = {
-        "passed": result.passed,
-        "failed": [test for test, _ in result.failures + result.errors],
-        "skipped": [test for test, _ in result.skipped],
-    }
-    report = {
-        outcome: [test.id().rpartition(".")[2] for test in tests]
-        for outcome, tests in outcomes.items()
-    }
-    json.dump({**report, "calls": calls}, sys.stdout)
+    set_up()
+    every = unittest.TestLoader().getTestCaseNames(Suite)
+    names = [name for name in every if re.search(pattern, name)]
+    tests = unittest.TestSuite(map(Suite, names))
+    result = unittest.TextTestRunner(sys.stderr, verbosity=2).run(tests)
+    assert result.testsRun == len(names)
+    failed = [test.id().rpartition(".")[2] for test, _ in result.failures + result.errors]
+    skipped = [test.id().rpartition(".")[2] for test, _ in result.skipped]
+    passed = [name for name in names if name not in failed + skipped]
+    report = {"passed": passed, "failed": failed, "skipped": skipped, "calls": calls}
+    json.dump(report, sys.stdout)
 
 
 if __name__ == "__main__":

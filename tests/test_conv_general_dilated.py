@@ -20,7 +20,9 @@ LAYOUTS = (
 )
 
 
-def operands(layout, channels=4, multiplier=1, batch=2, spatial=(7, 6), window=(3, 2), dtype="float32"):
+def operands(
+    layout, channels=4, multiplier=1, batch=2, spatial=(7, 6), window=(3, 2), dtype="float32"
+):
     rank = len(spatial)
     ones = (1,) * (rank + 2)
     numbers = lax.conv_dimension_numbers(ones, ones, layout)

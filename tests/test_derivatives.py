@@ -100,9 +100,7 @@ def test_forward_mode(op):
     da = uniform(5, a.shape)
     value, tangent = jax.jvp(lambda a: run(a, b), (a,), (da,))
     np.testing.assert_allclose(tangent, run(a + da, b) - value, atol=1e-12)
-    np.testing.assert_allclose(
-        jax.linearize(lambda a: run(a, b), a)[1](da), tangent, atol=1e-12
-    )
+    np.testing.assert_allclose(jax.linearize(lambda a: run(a, b), a)[1](da), tangent, atol=1e-12)
     u = uniform(6, value.shape)
     [transposed] = jax.linear_transpose(lambda a: run(a, b), a)(u)
     np.testing.assert_allclose(np.sum(transposed * da), np.sum(u * tangent), atol=1e-12)
@@ -139,6 +137,12 @@ def test_forward_mode_runs_the_best_implementation():
         assert "conv_general_dilated" not in str(jax.make_jaxpr(derivative)(a, b))
 
 
+def flop_count(function, *arguments):
+    analysis = jax.jit(function).lower(*arguments).compile().cost_analysis()
+    assert analysis
+    return analysis["flops"]
+
+
 @both_modes
 @pytest.mark.parametrize("argnum", [0, 1])
 @every_op
@@ -157,12 +161,11 @@ def test_only_requested_gradients_run(op, argnum, forward_mode):
         return jax.vjp(of_one, operands[argnum])[1](u)[0]
 
     u = case.run(op, a, b)
-    flops = jax.jit(gradient).lower(a, b, u).compile().cost_analysis()["flops"]
+    flops = flop_count(gradient, a, b, u)
     known = dict(zip(OPERANDS[op], (a, b, u), strict=True))
     wanted = LEAVES_OUT[OPERANDS[op][argnum]]
-    alone = jax.jit(functools.partial(case.run, wanted))
     operands = [known[name] for name in OPERANDS[wanted][:2]]
-    assert flops == alone.lower(*operands).compile().cost_analysis()["flops"] > 0
+    assert flops == flop_count(functools.partial(case.run, wanted), *operands) > 0
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

@@ -70,8 +70,8 @@ def test_symbolic_height_is_refused():
 @every_op
 def test_lowering_without_the_hardware(op, platform):
     a, b = CASE.operands(op)
-    lowered = jax.jit(functools.partial(CASE.run, op)).trace(a, b).lower(
-        lowering_platforms=(platform,)
+    lowered = (
+        jax.jit(functools.partial(CASE.run, op)).trace(a, b).lower(lowering_platforms=(platform,))
     )
     # Each platform gets its own choice, made when it is lowered for.
     assert ("stablehlo.convolution" in lowered.as_text()) == (platform != "cpu")

@@ -1,4 +1,4 @@
-"""`shard_map` and sharded inputs on 8 host devices: values, and gradients of replicated operands."""
+"""`shard_map` and sharded inputs on 8 host devices: values, gradients of replicated operands."""
 
 import functools
 
@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from cases import IMPLEMENTATIONS, Case
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jax_dwbp
 
 P = PartitionSpec
 CASE = Case("sharded", (8, 5, 6, 2), (3, 3, 2, 2), (2, 1))
@@ -99,11 +101,66 @@ def test_sharded_inputs_under_jit(mesh, op):
     CASE.check(op, got, CASE.expected(op, *operands), "float32")
 
 
-def test_explicit_sharding_is_refused(mesh):
-    """Rather than typed wrongly."""
-    x, f = CASE.operands("forward")
-    explicit = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
-    with jax.set_mesh(explicit):
-        x = jax.device_put(x, NamedSharding(explicit, P("batch")))
-        with pytest.raises(NotImplementedError, match="explicit sharding"):
-            CASE.run("forward", x, jnp.asarray(f))
+@pytest.fixture(scope="module")
+def explicit_mesh():
+    return jax.make_mesh((8,), ("i",), axis_types=(AxisType.Explicit,))
+
+
+@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("sharded", ["batch", "channels"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("op", ["forward", "input_grad", "filter_grad"])
+def test_explicit_sharding(explicit_mesh, op, implementation, sharded, data_format):
+    """Over the batch or the channels, values and gradients, with types that say so."""
+    case = Case("explicit", (8, 5, 6, 8), (3, 3, 8, 2), (2, 1))
+    filters = {"forward": 1, "input_grad": 0, "filter_grad": 2}[op]
+    activation = P("i") if sharded == "batch" else P(None, None, None, "i")
+    of_filter = P() if sharded == "batch" else P(None, None, "i", None)
+    specs = [of_filter if i == filters else activation for i in range(3)]
+    operands = case.operands(op)
+    run = functools.partial(case.run, op, implementation=implementation, data_format=data_format)
+    gradient = jax.grad(lambda a, b: jnp.sum(jnp.sin(run(a, b))), argnums=(0, 1))
+    want = [run(*operands), *gradient(*operands)]
+    with jax.set_mesh(explicit_mesh):
+        placed = [
+            jax.device_put(x, NamedSharding(explicit_mesh, spec))
+            for x, spec in zip(operands, specs[:2], strict=True)
+        ]
+        for wrap in (lambda function: function, jax.jit):
+            got = [wrap(run)(*placed), *wrap(gradient)(*placed)]
+            for g, w, spec in zip(got, want, [specs[2], *specs[:2]], strict=True):
+                np.testing.assert_allclose(g, w, atol=1e-5)
+                assert jax.typeof(g).sharding.is_equivalent_to(
+                    NamedSharding(explicit_mesh.abstract_mesh, spec), g.ndim
+                )
+
+
+def test_other_explicit_sharding_is_refused(explicit_mesh):
+    """Rows are not exchanged: an error, not a wrong type. lax takes what it can of the rest."""
+    x, f = Case("rows", (1, 8, 6, 8), (3, 3, 8, 2)).operands("forward")
+    with jax.set_mesh(explicit_mesh):
+        by_rows = jax.device_put(x, NamedSharding(explicit_mesh, P(None, "i")))
+        by_channels = jax.device_put(x, NamedSharding(explicit_mesh, P(None, None, None, "i")))
+        f = jax.device_put(f, NamedSharding(explicit_mesh, P()))
+        for x in (by_rows, by_channels):
+            with pytest.raises(NotImplementedError, match="alike in both operands"):
+                jax_dwbp.depthwise_conv2d_native(x, f, (1, 1), "SAME")
+
+
+def test_explicit_sharding_in_the_place_of_lax(explicit_mesh):
+    rng = np.random.default_rng(0)
+    x, f = rng.uniform(size=(8, 5, 6, 4)), rng.uniform(size=(3, 3, 1, 8))
+
+    def run(conv, x, f):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return conv(x, f, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=4)
+
+    with jax.set_mesh(explicit_mesh):
+        x = jax.device_put(x, NamedSharding(explicit_mesh, P("i")))
+        f = jax.device_put(f, NamedSharding(explicit_mesh, P()))
+        got, want = (
+            run(jax_dwbp.conv_general_dilated, x, f),
+            run(jax.lax.conv_general_dilated, x, f),
+        )
+    assert jax.typeof(got) == jax.typeof(want)
+    np.testing.assert_allclose(got, want, atol=1e-12)
