@@ -14,6 +14,7 @@ from cases import EMPTY, OPS, SMALL, Case
 from jax.test_util import check_grads
 
 import jax_dwbp
+from jax_dwbp import _dispatch
 
 # check_grads multiplies its tolerance by the size of the array: at 1,024 elements a derivative that
 # is wrong by half would pass.
@@ -166,6 +167,38 @@ def test_only_requested_gradients_run(op, argnum, forward_mode):
     wanted = LEAVES_OUT[OPERANDS[op][argnum]]
     operands = [known[name] for name in OPERANDS[wanted][:2]]
     assert flops == flop_count(functools.partial(case.run, wanted), *operands) > 0
+
+
+@both_modes
+@pytest.mark.parametrize("argnum", [0, 1])
+@every_op
+def test_only_requested_gradients_run_eagerly(monkeypatch, op, argnum, forward_mode):
+    """Without a jit around it too, as calls from within the running programs tell."""
+    ran = []
+
+    def run(op, spec, platform, a, b):
+        def record(a, b):
+            ran.append(op)
+            return np.zeros(result.shape, result.dtype)
+
+        shape = _dispatch.result_shape(op, spec, a.shape, b.shape)
+        result = jax.ShapeDtypeStruct(shape, a.dtype)
+        return jax.pure_callback(record, result, a, b)
+
+    monkeypatch.setattr(_dispatch, "run", run)
+    jax.clear_caches()
+    case = TINY[0]
+    arguments = [jnp.asarray(x) for x in case.operands(op)]
+    _, pullback = jax.vjp(
+        lambda x: case.run(
+            op, *[*arguments[:argnum], x, *arguments[argnum + 1 :]], forward_mode=forward_mode
+        ),
+        arguments[argnum],
+    )
+    u = jnp.zeros(jax.eval_shape(functools.partial(case.run, op), *arguments).shape, "float32")
+    jax.block_until_ready(pullback(u))
+    jax.clear_caches()  # of these programs
+    assert ran == [op, LEAVES_OUT[OPERANDS[op][argnum]]]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

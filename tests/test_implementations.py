@@ -63,6 +63,18 @@ def test_a_requested_implementation_is_what_runs():
         assert ("stablehlo.convolution" in run.lower(a, b).as_text()) == (name == "lax")
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("op", OPS)
+def test_lax_is_told_to_sum_in_float32(op, dtype):
+    """XLA does so on a CPU anyway, so results here can't tell."""
+    a, b = CASE.operands(op, dtype)
+    lowered = (
+        jax.jit(lambda a, b: CASE.run(op, a, b)).trace(a, b).lower(lowering_platforms=("tpu",))
+    )
+    [convolution] = [x for x in lowered.as_text().splitlines() if "stablehlo.convolution" in x]
+    assert convolution.endswith("xf32>")
+
+
 def test_looks_into_whole_functions():
     """Gradients, control flow and containers of arguments included."""
     x, f = CASE.operands("forward")
