@@ -284,9 +284,10 @@ def implementations(
     ]
 
 
-def _operands(**operands: Any) -> list[Any]:
+def _operands(**operands: Any) -> list[jax.Array]:
     """The operands as arrays of one dtype. NumPy's stay where they are until all is checked."""
-    arrays, dtypes = {}, {}
+    arrays: dict[str, Any] = {}
+    dtypes: dict[str, np.dtype] = {}
     for name, operand in operands.items():
         if isinstance(operand, jax.Array):
             arrays[name], dtypes[name] = operand, operand.dtype

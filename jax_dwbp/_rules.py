@@ -52,7 +52,7 @@ def apply(a: jax.Array, b: jax.Array, *, op: Op, spec: ConvSpec, forward_mode: b
         default = jax.config.jax_default_matmul_precision  # pyright: ignore
         spec = dataclasses.replace(spec, precision=PRECISIONS.get(str(default).lower()))
     a, b = _same_varying_axes(a, b)
-    run = functools.partial(_bind if forward_mode else _reverse_mode, op, spec)
+    run: Callable = functools.partial(_bind if forward_mode else _reverse_mode, op, spec)
     if any(axis for operand in (a, b) for axis in jax.typeof(operand).sharding.spec):
         run = jax.sharding.auto_axes(run, out_sharding=_explicit_sharding(op, spec, a, b))
     return run(a, b)

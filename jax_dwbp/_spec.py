@@ -12,6 +12,7 @@ import enum
 import math
 import operator
 import reprlib
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -47,8 +48,6 @@ PRECISIONS = {
     "float32": "highest",
 }
 _INT32_MAX = 2**31 - 1
-# XLA aborts the process at arrays of 2**63 bytes; also where some size is 0, taken as 1 here.
-_MAX_ELEMENTS = 2**63 // 8 - 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -115,49 +114,47 @@ def canonicalize(
         filter_sizes = _sizes(filter_name, filter_sizes)
     else:
         filter_sizes = _array_shape(filter_name, filter_sizes, batched=False)
-
     height, width, depth = _AXES[data_format]
-    in_spatial, channels = (input_sizes[height], input_sizes[width]), input_sizes[depth]
-    kernel_spatial, multiplier = filter_sizes[:2], filter_sizes[3]
+    batch, channels = input_sizes[0], input_sizes[depth]
     if filter_sizes[2] != channels:
         raise ValueError(
             f"`{filter_name}` [R, S, C, M] must have the C of `{input_name}` "
             f"[{', '.join(data_format)}], got {filter_sizes} and {input_sizes}"
         )
+
+    in_spatial, kernel_spatial = (input_sizes[height], input_sizes[width]), filter_sizes[:2]
     window_strides = _spatial_attribute("strides", strides, data_format)
     rhs_dilation = _spatial_attribute("dilations", dilations, data_format)
     pads = _padding(padding, explicit_paddings, data_format)
-    pads = (pads, pads) if isinstance(pads, str) else pads
     (rows, row_pads), (cols, col_pads) = (
-        _geometry(f"`{filter_name}`", *axis)
+        _geometry(filter_name, *axis)
         for axis in zip(in_spatial, kernel_spatial, window_strides, rhs_dilation, pads, strict=True)
     )
-    padded = [size + sum(pads) for size, pads in zip(in_spatial, (row_pads, col_pads), strict=True)]
-    for name, sizes in (
-        (f"`{filter_name}`", filter_sizes),
-        (f"`{input_name}`, padded,", (input_sizes[0], *padded, channels)),
-        ("the output", (input_sizes[0], rows, cols, channels * multiplier)),
-    ):
-        if math.prod(size or 1 for size in sizes if isinstance(size, int)) > _MAX_ELEMENTS:
-            raise ValueError(f"{name} must have less than 2**60 elements, got sizes {sizes}")
-    if out_backprop_shape is not None:
-        expected = [input_sizes[0]] * 4
-        expected[height], expected[width], expected[depth] = rows, cols, channels * multiplier
-        if out_backprop_shape != tuple(expected):
-            raise ValueError(
-                f"`{out_name}` must have shape {tuple(expected)}, got {out_backprop_shape}: "
-                f"implied by `{input_name}` {input_sizes}, `{filter_name}` {filter_sizes}, "
-                f"`strides` {window_strides}, `dilations` {rhs_dilation}, `padding` "
-                f"{brief(padding)} "
-                f"and `data_format` {data_format!r}"
-            )
+    out_sizes = [batch] * 4
+    out_sizes[height], out_sizes[width], out_sizes[depth] = rows, cols, channels * filter_sizes[3]
+    if out_backprop_shape is not None and out_backprop_shape != tuple(out_sizes):
+        raise ValueError(
+            f"`{out_name}` must have shape {tuple(out_sizes)}, got {out_backprop_shape}: implied "
+            f"by `{input_name}` {input_sizes}, `{filter_name}` {filter_sizes}, `strides` "
+            f"{window_strides}, `dilations` {rhs_dilation}, `padding` {brief(padding)} and "
+            f"`data_format` {data_format!r}"
+        )
+    padded_sizes = (
+        batch,
+        sum((in_spatial[0], *row_pads)),
+        sum((in_spatial[1], *col_pads)),
+        channels,
+    )
+    _check_elements(f"`{filter_name}`", filter_sizes)
+    _check_elements(f"`{input_name}`, padded,", padded_sizes)
+    _check_elements("the output", out_sizes)
     return ConvSpec(
         data_format=data_format,  # pyright: ignore[reportArgumentType]
         in_spatial=in_spatial,
         kernel_spatial=kernel_spatial,
         out_spatial=(rows, cols),
         channels=channels,
-        multiplier=multiplier,
+        multiplier=filter_sizes[3],
         window_strides=window_strides,
         padding=(row_pads, col_pads),
         rhs_dilation=rhs_dilation,
@@ -187,6 +184,12 @@ def brief(value: Any) -> str:
         return reprlib.repr(value)
     except Exception:  # an integer that is too long to print, or a class with a broken repr
         return f"a {type(value).__name__}"
+
+
+def _check_elements(what: str, sizes: Sequence[Any]) -> None:
+    """XLA aborts the process at arrays of 2**63 bytes, also where a size of 0 makes them empty."""
+    if math.prod(size or 1 for size in sizes if type(size) is int) >= 2**60:
+        raise ValueError(f"{what} must have less than 2**60 elements, got sizes {tuple(sizes)}")
 
 
 def _array_shape(name: str, shape: tuple[Any, ...], *, batched: bool) -> tuple[Any, ...]:
@@ -269,8 +272,10 @@ def _spatial_attribute(name: str, value: Any, data_format: str) -> Pair:
     return values[0], values[1]
 
 
-def _padding(padding: Any, explicit_paddings: Any, data_format: str) -> str | tuple[Pair, Pair]:
-    """'SAME', 'VALID', or ((top, bottom), (left, right))."""
+def _padding(
+    padding: Any, explicit_paddings: Any, data_format: str
+) -> tuple[str, str] | tuple[Pair, Pair]:
+    """For the height and the width: 'SAME', 'VALID' or the pads (low, high)."""
     rule = "empty, or 8 integers: (before, after) for each dimension as in `data_format`"
     explicit = _integers("explicit_paddings", rule, explicit_paddings)
     if isinstance(padding, str):
@@ -293,7 +298,7 @@ def _padding(padding: Any, explicit_paddings: Any, data_format: str) -> str | tu
             f"{brief(explicit)} with `padding` {brief(padding)}"
         )
     if isinstance(padding, str):
-        return padding
+        return padding, padding
     rule = "a string, ((top, bottom), (left, right)) or 4 pairs in the order of `data_format`"
     if isinstance(padding, tuple | list) and len(padding) in (2, 4):
         pairs = padding
@@ -337,13 +342,13 @@ def _geometry(
         room = size + low + high - window + stride
         if room <= -stride:
             raise ValueError(
-                f"{name} must overhang the padded input by less than two strides, got a dilated "
+                f"`{name}` must overhang the padded input by less than two strides, got a dilated "
                 f"size of {window} with stride {stride} on an input of {low} + {size} + {high}"
             )
         out = max(room, 0) // stride
     if max(window, size + low + high) > _INT32_MAX:
         raise ValueError(
-            f"{name} and the padded input must each span less than 2**31, got a dilated size of "
+            f"`{name}` and the padded input must each span less than 2**31, got a dilated size of "
             f"{window} on an input of {low} + {size} + {high}"
         )
     return out, (low, high)
@@ -363,7 +368,7 @@ def _precision(value: Any) -> str | tuple[str, str] | None:
             f"`precision` must be None, a `jax.lax.Precision`, one out of "
             f"{', '.join(PRECISIONS)}, or a pair of these, got {brief(value)}"
         )
-    known = [PRECISIONS[name] for name in names]
+    known = [PRECISIONS[str(name)] for name in names]
     return (known[0], known[1]) if pair else known[0]
 
 

@@ -62,7 +62,9 @@ def test_symbolic_height_is_refused():
     a, b = CASE.operands("forward")
     (h,) = export.symbolic_shape("h")
     shape = jax.ShapeDtypeStruct((a.shape[0], h, *a.shape[2:]), a.dtype)
-    with pytest.raises(NotImplementedError, match="`input` may have a symbolic batch size"):
+    with pytest.raises(
+        NotImplementedError, match="`input` must have static sizes, but for a batch"
+    ):
         export.export(jax.jit(functools.partial(CASE.run, "forward")))(shape, b)
 
 
