@@ -5,6 +5,8 @@ dilations (which its gradients ignore), sum half types in half precision and lea
 uninitialised where nothing is summed. XLA has the rest.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +33,7 @@ over_ops = pytest.mark.parametrize("op", OPS)
 over_dtypes = pytest.mark.parametrize("dtype", ("float32", "float64"))
 
 
-def tensorflow_op(case, op, a, b, data_format="NHWC"):
+def tensorflow_op(case, op, a, b, data_format: Any = "NHWC"):
     """TensorFlow's op on NHWC operands: by Eigen where that can be trusted, else by XLA."""
     attributes = case.attributes(data_format)
     sizes = layout_shape((b.shape[0], *case.input[1:]), data_format)
