@@ -118,14 +118,14 @@ def _canonicalize(
         and all(type(count) is int for count in (feature_group_count, batch_group_count))
         and feature_group_count == channels > group == 1 == batch_group_count
         and features % channels == 0
-        and all(size > 0 for size in (*spatial, *rhs.shape))
+        and all(type(size) is int and size > 0 for size in (*spatial, *rhs.shape))
         and all(
             isinstance(attribute, tuple | list) and len(attribute) == rank
             for attribute in (window_strides, lhs_dilation, rhs_dilation)
         )
         and tuple(lhs_dilation) == ones
         and (padding in ("SAME", "VALID") if isinstance(padding, str) else len(padding) == rank)
-        and (precision is None or isinstance(precision, lax.Precision | str))
+        and (precision is None or isinstance(precision, lax.Precision | str | tuple))
         and types[0].dtype == types[1].dtype
         and {types[0].dtype.name, dtype.name} <= set(DTYPES)
         and types[0].dtype.itemsize <= dtype.itemsize

@@ -187,7 +187,9 @@ def _batch(operands, dims, *, op, spec):
 
 
 def _run(a, b, *, op, spec, platform):
-    return _dispatch.run(op, spec, platform, a, b)
+    # Where this is lowered float64 may be off, though it was on where the op was called.
+    with jax.enable_x64(a.dtype.itemsize == 8):
+        return _dispatch.run(op, spec, platform, a, b)
 
 
 batching.primitive_batchers[_primitive] = _batch

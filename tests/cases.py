@@ -169,6 +169,7 @@ EMPTY = (
     Case("no_filter_rows_valid", (2, 5, 6, 3), (0, 3, 3, 2), padding="VALID"),
     Case("no_output", (2, 5, 6, 3), (6, 7, 3, 2), padding="VALID"),
     Case("overhang_below_stride", (2, 5, 6, 3), (7, 7, 3, 2), (3, 3), "VALID"),
+    Case("overhang_below_two_strides", (2, 5, 6, 3), (9, 9, 3, 2), (3, 3), "VALID"),
 )
 TENSORFLOW = tuple(
     Case(f"tf{i}_{'x'.join(map(str, case[1]))}", *case)

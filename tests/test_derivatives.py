@@ -222,5 +222,4 @@ def test_empty(op):
         a, b = case.operands(op)
         result, pullback = jax.vjp(functools.partial(case.run, op), a, b)
         for cotangent, operand in zip(pullback(jnp.ones_like(result)), (a, b), strict=True):
-            assert cotangent.shape == operand.shape and cotangent.dtype == operand.dtype
-            assert bool(jnp.isfinite(cotangent).all())
+            np.testing.assert_array_equal(cotangent, np.zeros_like(operand), strict=True)

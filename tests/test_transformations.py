@@ -171,3 +171,54 @@ def test_default_matmul_precision_is_part_of_the_call():
     assert "HIGHEST" in traced.lower(lowering_platforms=("tpu",)).as_text()
     plain = jax.jit(call("forward", implementation="lax")).trace(a, b)
     assert "HIGHEST" not in plain.lower(lowering_platforms=("tpu",)).as_text()
+
+
+@every_op
+def test_x64_may_change_between_trace_and_lowering(op):
+    """float64 operands stay so, whatever the flag is at the lowering or when a gradient runs."""
+    a, b = CASE.operands(op, "float64")
+    traced = jax.jit(call(op)).trace(a, b)
+    value, pullback = jax.vjp(call(op), jnp.asarray(a), jnp.asarray(b))
+    with jax.enable_x64(False):
+        compiled = traced.lower().compile()
+        cotangents = pullback(value)
+    CASE.check(op, compiled(a, b), CASE.expected(op, a, b), "float64")
+    assert all(x.dtype == jnp.float64 for x in cotangents)
+
+
+@every_op
+def test_default_float32_without_x64(op):
+    """JAX as it comes, the looped filter included."""
+    for case in (CASE, *(c for c in SMALL if c.name == "big_filter")):
+        a, b = case.operands(op)
+        with jax.enable_x64(False):
+            got = case.run(op, a, b)
+            gradient = jax.grad(lambda a, case=case, b=b: jnp.sum(case.run(op, a, b)))(a)
+        case.check(op, got, case.expected(op, a, b), "float32")
+        assert gradient.dtype == jnp.float32
+
+
+def test_nothing_around_is_computed_once_for_each_tap():
+    """A gradient of three layers does the work of its parts, not their product."""
+    case = Case("layer", (1, 12, 12, 8), (5, 5, 8, 1))
+    x, f = case.operands("forward")
+
+    def loss(filters, x):
+        for f in filters:
+            x = case.run("forward", x, f)
+        return jnp.sum(x**2)
+
+    def flops(function, *arguments):
+        analysis = jax.jit(function).lower(*arguments).compile().cost_analysis()
+        assert analysis
+        return analysis["flops"]
+
+    parts = {op: flops(call_of(case, op), *case.operands(op)) for op in OPS}
+    whole = flops(jax.grad(loss), [f, f, f], x)
+    assert whole <= 1.1 * (
+        3 * parts["forward"] + 3 * parts["filter_grad"] + 2 * parts["input_grad"]
+    )
+
+
+def call_of(case, op):
+    return functools.partial(case.run, op)

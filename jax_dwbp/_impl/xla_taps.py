@@ -60,7 +60,7 @@ def unsupported(op: Op, spec: ConvSpec, platform: str | None) -> str | None:
     if op == "input_grad" and spec.multiplier > _MAX_LANES:
         return f"the depth multiplier may be at most {_MAX_LANES}, got {spec.multiplier}"
     padded = math.prod(size + sum(pads) for size, _, _, _, pads, _ in spec.axes())
-    if padded > _MAX_PADDED * (math.prod(spec.in_spatial) + math.prod(spec.out_spatial)):
+    if padded > _MAX_PADDED * max(1, math.prod(spec.in_spatial) + math.prod(spec.out_spatial)):
         return f"nearly all of the padded input may not be padding, got {spec.padding}"
     return None
 
