@@ -3,6 +3,7 @@
 The three ops share their attributes; `depthwise_conv2d_native` has the text on them.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_dwbp import _dispatch, _rules
-from jax_dwbp._spec import ConvSpec, Op, brief, canonicalize, check_dtype, check_same_dtype
+from jax_dwbp._spec import DTYPES, ConvSpec, Op, brief, canonicalize, check_dtype, check_same_dtype
 
 Precision = str | jax.lax.Precision | tuple[str, str] | None
 
@@ -240,8 +241,8 @@ def implementations(
 
     Args:
       fun: the function.
-      *args: its arguments. `jax.ShapeDtypeStruct` and arrays, also in containers, are traced.
-        Vectors, which may be sizes, and anything else are passed on as they are.
+      *args: its arguments. `jax.ShapeDtypeStruct` and arrays of floats, also in containers, are
+        traced. Vectors, which may be sizes, and anything else are passed on as they are.
       platform: "cpu", "cuda", "rocm" or "tpu"; by default that of `jax.default_backend()`.
       **kwargs: its keyword arguments, likewise.
 
@@ -267,7 +268,11 @@ def implementations(
     leaves, tree = jax.tree.flatten((args, kwargs))
     traced = [
         isinstance(leaf, jax.ShapeDtypeStruct)
-        or (isinstance(leaf, jax.Array | np.ndarray) and leaf.ndim != 1)
+        or (
+            isinstance(leaf, jax.Array | np.ndarray)
+            and leaf.ndim != 1
+            and leaf.dtype.name in DTYPES
+        )
         for leaf in leaves
     ]
 
@@ -285,7 +290,7 @@ def implementations(
 
 
 def _operands(**operands: Any) -> list[jax.Array]:
-    """The operands as arrays of one dtype. NumPy's stay where they are until all is checked."""
+    """The operands as arrays of one dtype. NumPy's are not copied to a device before all checks."""
     arrays: dict[str, Any] = {}
     dtypes: dict[str, np.dtype] = {}
     for name, operand in operands.items():
@@ -308,12 +313,13 @@ def _operands(**operands: Any) -> list[jax.Array]:
 
 
 def _as_array(name: str, value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        with contextlib.suppress(TypeError, ValueError):  # of tracers, say, which JAX can stack
+            value = np.asarray(value)
+    if type(value) is np.ndarray:
+        return value.astype(value.dtype.newbyteorder("="), copy=False)
     try:
-        return (
-            np.asarray(value)
-            if isinstance(value, np.ndarray | list | tuple)
-            else jnp.asarray(value)
-        )
+        return jnp.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"`{name}` must be an array, got {brief(value)}: {error}") from error
 
@@ -325,9 +331,9 @@ def _apply(
         _dispatch.select(op, spec, None)  # what no platform can do is refused here
     if not isinstance(forward_mode, bool):
         raise TypeError(f"`forward_mode` must be True or False, got {brief(forward_mode)}")
-    if name is None:
-        return _rules.apply(a, b, op=op, spec=spec, forward_mode=forward_mode)
-    if not isinstance(name, str):
+    if name is not None and not isinstance(name, str):
         raise TypeError(f"`name` must be a string or None, got {brief(name)}")
-    with jax.named_scope(name):
+    # A copy of NumPy's: the caller may change them while the op still runs.
+    a, b = (x if isinstance(x, jax.Array) else jnp.asarray(x.copy()) for x in (a, b))
+    with jax.named_scope(name) if name else contextlib.nullcontext():
         return _rules.apply(a, b, op=op, spec=spec, forward_mode=forward_mode)

@@ -125,7 +125,11 @@ def _canonicalize(
         )
         and tuple(lhs_dilation) == ones
         and (padding in ("SAME", "VALID") if isinstance(padding, str) else len(padding) == rank)
-        and (precision is None or isinstance(precision, lax.Precision | str | tuple))
+        and (
+            precision is None
+            or isinstance(precision, lax.Precision | str)
+            or (isinstance(precision, tuple) and len({type(p) for p in precision}) == 1)
+        )
         and types[0].dtype == types[1].dtype
         and {types[0].dtype.name, dtype.name} <= set(DTYPES)
         and types[0].dtype.itemsize <= dtype.itemsize

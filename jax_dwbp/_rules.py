@@ -69,9 +69,9 @@ def _explicit_sharding(op: Op, spec: ConvSpec, a: jax.Array, b: jax.Array) -> Pa
             n.add(axes.pop(0))
         if any(axes) or len(n) > 1 or len(c) > 1:
             raise NotImplementedError(
-                f"with explicit sharding the batch and the channels may be sharded, alike in both "
-                f"operands, and nothing else; got {jax.typeof(a)} and {jax.typeof(b)}. "
-                f"`jax.shard_map` and mesh axes of type `AxisType.Auto` take any"
+                f"the operands of an op may have explicit sharding of the batch and the channels, "
+                f"alike in both operands, and of nothing else; got {jax.typeof(a)} and "
+                f"{jax.typeof(b)}. `jax.shard_map` and mesh axes of `AxisType.Auto` take any"
             )
     if op == "filter_grad":
         return PartitionSpec(None, None, *c, None)

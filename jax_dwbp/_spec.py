@@ -178,7 +178,8 @@ def check_same_dtype(dtypes: dict[str, np.dtype]) -> None:
 
 def brief(value: Any) -> str:
     """`value` for an error message: short, whatever it is."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
+    is_array = hasattr(value, "shape") and hasattr(value, "dtype")
+    if is_array and not isinstance(value, np.generic | type):
         return f"an array of shape {value.shape} and dtype {value.dtype}"
     try:
         return reprlib.repr(value)
@@ -219,9 +220,9 @@ def _sizes(name: str, value: Any, batch: Any = None) -> tuple[Any, ...]:
     static = _integers(name, "4 integers", value, integral_floats=True)
     sizes = (*symbolic, *static)
     if len(sizes) != 4:
-        raise ValueError(f"`{name}` must be 4 integers, got {sizes}")
+        raise ValueError(f"`{name}` must be 4 integers, got {brief(sizes)}")
     if not all(0 <= size <= _INT32_MAX for size in static):
-        raise ValueError(f"`{name}` must hold sizes from 0 to 2**31 - 1, got {sizes}")
+        raise ValueError(f"`{name}` must hold sizes from 0 to 2**31 - 1, got {brief(sizes)}")
     return sizes
 
 
@@ -263,12 +264,14 @@ def _spatial_attribute(name: str, value: Any, data_format: str) -> Pair:
     if len(values) == 4:
         height, width, depth = _AXES[data_format]
         if values[0] != 1 or values[depth] != 1:
-            raise ValueError(f"`{name}` must be 1 in the batch and the channels, got {values}")
+            raise ValueError(
+                f"`{name}` must be 1 in the batch and the channels, got {brief(values)}"
+            )
         values = [values[height], values[width]]
     if len(values) != 2:
         raise ValueError(f"`{name}` must be {rule}, got {brief(values)}")
     if not all(1 <= v <= _INT32_MAX for v in values):
-        raise ValueError(f"`{name}` must be positive and below 2**31, got {tuple(values)}")
+        raise ValueError(f"`{name}` must be positive and below 2**31, got {brief(tuple(values))}")
     return values[0], values[1]
 
 
@@ -302,7 +305,7 @@ def _padding(
     rule = "a string, ((top, bottom), (left, right)) or 4 pairs in the order of `data_format`"
     if isinstance(padding, tuple | list) and len(padding) in (2, 4):
         pairs = padding
-    elif getattr(padding, "shape", None) in ((2, 2), (4, 2)):
+    elif getattr(padding, "shape", None) in ((2, 2), (4, 2)) and hasattr(padding, "__iter__"):
         pairs = list(padding)
     else:
         raise TypeError(f"`padding` must be {rule}, got {brief(padding)}")
@@ -319,10 +322,14 @@ def _spatial_pads(name: str, pairs: list[Any], data_format: str) -> tuple[Pair, 
     if len(pairs) == 4:
         height, width, depth = _AXES[data_format]
         if any(pairs[0]) or any(pairs[depth]):
-            raise ValueError(f"`{name}` must be 0 in the batch and the channels, got {pairs}")
+            raise ValueError(
+                f"`{name}` must be 0 in the batch and the channels, got {brief(pairs)}"
+            )
         pairs = [pairs[height], pairs[width]]
     if not all(0 <= pad <= _INT32_MAX for pair in pairs for pad in pair):
-        raise ValueError(f"`{name}` must be non-negative and below 2**31, got {tuple(pairs)}")
+        raise ValueError(
+            f"`{name}` must be non-negative and below 2**31, got {brief(tuple(pairs))}"
+        )
     return pairs[0], pairs[1]
 
 

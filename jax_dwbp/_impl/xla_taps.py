@@ -59,8 +59,9 @@ def unsupported(op: Op, spec: ConvSpec, platform: str | None) -> str | None:
         return f"strides may have a product of at most {_MAX_PHASES}, got {spec.window_strides}"
     if op == "input_grad" and spec.multiplier > _MAX_LANES:
         return f"the depth multiplier may be at most {_MAX_LANES}, got {spec.multiplier}"
-    padded = math.prod(size + sum(pads) for size, _, _, _, pads, _ in spec.axes())
-    if padded > _MAX_PADDED * max(1, math.prod(spec.in_spatial) + math.prod(spec.out_spatial)):
+    padded = math.prod(_padded_size(*axis) for axis in spec.axes())
+    arrays = math.prod(spec.in_spatial) + math.prod(spec.out_spatial)
+    if op != "input_grad" and padded > _MAX_PADDED * max(1, arrays):
         return f"nearly all of the padded input may not be padding, got {spec.padding}"
     return None
 
@@ -165,14 +166,29 @@ def _lanes(f: jax.Array) -> jax.Array:
     return f.reshape(*f.shape[:3], f.shape[3] * f.shape[4])
 
 
+def _meeting(
+    size: int, kernel: int, out: int, stride: int, pads: Pair, dilation: int
+) -> tuple[int, int]:
+    """The first and the last tap that meet the input, in a filter larger by any factor."""
+    # -(out - 1) * stride <= k * dilation - low < size
+    first = max(0, -(((out - 1) * stride - pads[0]) // dilation))
+    return first, min(kernel - 1, (size - 1 + pads[0]) // dilation)
+
+
+def _padded_size(size: int, kernel: int, out: int, stride: int, pads: Pair, dilation: int) -> int:
+    """What `_pad` makes of the axis."""
+    first, last = _meeting(size, kernel, out, stride, pads, dilation)
+    low = max(0, pads[0] - first * dilation)
+    high = max(0, last * dilation - pads[0] + (out - 1) * stride + 1 - size)
+    return low + size + high if first <= last else 0
+
+
 def _forward_taps(spec: ConvSpec) -> tuple[list[_Tap], list[_Tap]]:
     """The taps that meet the input at all: of x they read offset, offset + stride, ..."""
     rows, cols = [], []
     for taps, axis in zip((rows, cols), spec.axes(), strict=True):
-        size, kernel, out, stride, (low, _), dilation = axis
-        # -(out - 1) * stride <= offset < size, in a filter that may be larger by any factor
-        first = max(0, -(((out - 1) * stride - low) // dilation))
-        last = min(kernel - 1, (size - 1 + low) // dilation)
+        *_, (low, _), dilation = axis
+        first, last = _meeting(*axis)
         taps += [_Tap(k, k * dilation - low) for k in range(first, last + 1)]
     return rows, cols
 
