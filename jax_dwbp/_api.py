@@ -77,7 +77,7 @@ def depthwise_conv2d_native(
       ValueError: shapes or attributes that don't fit together.
       NotImplementedError: the `implementation` asked for can't run this.
 
-    >>> x, f = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 1))
+    >>> x, f = jnp.ones((1, 4, 4, 2), "float32"), jnp.ones((3, 3, 2, 1), "float32")
     >>> depthwise_conv2d_native(x, f, strides=(1, 2, 2, 1), padding="SAME")[0, :, :, 0]
     Array([[9., 6.],
            [6., 4.]], dtype=float32)
@@ -135,7 +135,7 @@ def depthwise_conv2d_native_backprop_input(
     Returns:
       `[N, H, W, C]` (or `[N, C, H, W]`), which is `input_sizes`, in the dtype of the arguments.
 
-    >>> f, dy = jnp.ones((3, 3, 2, 1)), jnp.ones((1, 2, 2, 2))
+    >>> f, dy = jnp.ones((3, 3, 2, 1), "float32"), jnp.ones((1, 2, 2, 2), "float32")
     >>> dx = depthwise_conv2d_native_backprop_input(
     ...     (1, 4, 4, 2), f, dy, strides=(1, 2, 2, 1), padding="SAME"
     ... )
@@ -197,7 +197,7 @@ def depthwise_conv2d_native_backprop_filter(
     Returns:
       `[R, S, C, M]`, which is `filter_sizes`, in the dtype of the arguments.
 
-    >>> x, dy = jnp.ones((1, 4, 4, 2)), jnp.ones((1, 2, 2, 2))
+    >>> x, dy = jnp.ones((1, 4, 4, 2), "float32"), jnp.ones((1, 2, 2, 2), "float32")
     >>> df = depthwise_conv2d_native_backprop_filter(
     ...     x, (3, 3, 2, 1), dy, strides=(1, 2, 2, 1), padding="SAME"
     ... )
@@ -249,7 +249,7 @@ def implementations(
     Returns:
       One `Selection` for each depthwise convolution that the result needs, in traced order.
 
-    >>> x, f = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 1))
+    >>> x, f = jnp.ones((1, 4, 4, 2), "float32"), jnp.ones((3, 3, 2, 1), "float32")
     >>> [op] = implementations(
     ...     depthwise_conv2d_native, x, f, strides=(1, 1), padding="SAME", platform="cpu"
     ... )
