@@ -44,16 +44,28 @@ _LEAVES_OUT: dict[str, Op] = {"x": "input_grad", "f": "filter_grad", "dy": "forw
 _LEFT_OUT = {op: argument for argument, op in _LEAVES_OUT.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("op", "spec", "forward_mode"))
 def apply(a: jax.Array, b: jax.Array, *, op: Op, spec: ConvSpec, forward_mode: bool) -> jax.Array:
     """Runs `op`: forward(x, f), input_grad(f, dy) or filter_grad(x, dy)."""
+    if _explicitly_sharded(a, b):
+        # As they are, for the sake of their cotangents, which this gives the operand's type. Those
+        # that auto_axes returns for an array from before the mesh have another.
+        a, b = (jax.sharding.reshard(x, jax.typeof(x).sharding.spec) for x in (a, b))
+    return _apply(a, b, op=op, spec=spec, forward_mode=forward_mode)
+
+
+def _explicitly_sharded(*operands: jax.Array) -> bool:
+    return any(axis for operand in operands for axis in jax.typeof(operand).sharding.spec)
+
+
+@functools.partial(jax.jit, static_argnames=("op", "spec", "forward_mode"))
+def _apply(a: jax.Array, b: jax.Array, *, op: Op, spec: ConvSpec, forward_mode: bool) -> jax.Array:
     if spec.precision is None:
         # lax reads this when a conv is called; by the time ours is lowered it may have changed.
         default = jax.config.jax_default_matmul_precision  # pyright: ignore
         spec = dataclasses.replace(spec, precision=PRECISIONS.get(str(default).lower()))
     a, b = _same_varying_axes(a, b)
     run: Callable = functools.partial(_bind if forward_mode else _reverse_mode, op, spec)
-    if any(axis for operand in (a, b) for axis in jax.typeof(operand).sharding.spec):
+    if _explicitly_sharded(a, b):
         run = jax.sharding.auto_axes(run, out_sharding=_explicit_sharding(op, spec, a, b))
     return run(a, b)
 

@@ -164,3 +164,42 @@ def test_explicit_sharding_in_the_place_of_lax(explicit_mesh):
         )
     assert jax.typeof(got) == jax.typeof(want)
     np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+def in_the_place_of_lax(x, f):
+    return jax_dwbp.conv_general_dilated(
+        *(x, f.reshape(3, 3, 1, 8), (1, 1), "SAME"),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=8,
+    )
+
+
+def two_layers(run, x, f):
+    return jax.lax.scan(lambda x, _: (run(x, f), None), x, None, length=2)[0]
+
+
+# Each goes on to compute with a gradient, which needs it to have the type of the filter.
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda loss, run, x, f: f - jax.grad(loss, argnums=1)(x, f),
+        lambda loss, run, x, f: jax.grad(lambda f: loss(run(x, f), f))(f),
+        lambda loss, run, x, f: jax.grad(lambda f: jnp.sum(jax.grad(loss, argnums=1)(x, f)))(f),
+        lambda loss, run, x, f: jax.grad(lambda x: jnp.sum(two_layers(run, x, f)))(x),
+    ],
+    ids=["step", "layers", "twice", "scan"],
+)
+@pytest.mark.parametrize("function", ["reverse_mode", "forward_mode", "in_the_place_of_lax"])
+def test_filter_from_before_the_explicit_mesh(explicit_mesh, function, derive):
+    case = Case("before_the_mesh", (8, 5, 6, 8), (3, 3, 8, 1))
+    run = functools.partial(case.run, "forward", forward_mode=function == "forward_mode")
+    run = in_the_place_of_lax if function == "in_the_place_of_lax" else run
+
+    def loss(x, f):
+        return jnp.sum(jnp.sin(run(x, f)))
+
+    x, f = map(jnp.asarray, case.operands("forward", "float64"))
+    want = derive(loss, run, x, f)
+    with jax.set_mesh(explicit_mesh):
+        x = jax.device_put(x, NamedSharding(explicit_mesh, P("i")))
+        np.testing.assert_allclose(derive(loss, run, x, f), want, atol=1e-10)
