@@ -62,9 +62,10 @@ def depthwise_conv2d_native(
       name: a `jax.named_scope` for the op.
       precision: a `jax.lax.Precision`, its name, or a pair of them. For "lax" on accelerators; the
         other implementations are exact to their accumulation.
-      implementation: None for the best, which always exists. A name ("lax", "xla_taps") runs that
-        one or raises; of a sequence of names, the first that can. Gradients follow it.
-        `jax_dwbp.implementations` tells what runs and why the others don't.
+      implementation: None for the best. There always is one, but on a CPU for windows of more than
+        2**24 positions along an axis. A name ("lax", "xla_taps") runs that one or raises; of a
+        sequence of names, the first that can. Gradients follow it. `jax_dwbp.implementations` tells
+        what runs and why the others don't.
       forward_mode: True for `jvp`, `jacfwd`, `hessian`, `linearize` and `linear_transpose`. By
         default the op is a `jax.custom_vjp`, which rules these out.
 
@@ -75,7 +76,7 @@ def depthwise_conv2d_native(
     Raises:
       TypeError: an argument of the wrong kind, dtypes that differ or that TensorFlow's op lacks.
       ValueError: shapes or attributes that don't fit together.
-      NotImplementedError: the `implementation` asked for can't run this.
+      NotImplementedError: the `implementation` asked for, or with None any, can't run this.
 
     >>> x, f = jnp.ones((1, 4, 4, 2), "float32"), jnp.ones((3, 3, 2, 1), "float32")
     >>> depthwise_conv2d_native(x, f, strides=(1, 2, 2, 1), padding="SAME")[0, :, :, 0]

@@ -1,5 +1,7 @@
 """Which implementation runs, on which platform, and how it is asked for."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -35,6 +37,50 @@ def test_limits_of_xla_taps():
     found = selection(MANY_PHASES, "input_grad")
     assert found.runs == "lax" and "at most 16, got (5, 4)" in str(found.reasons["xla_taps"])
     assert selection(MANY_PHASES, "forward").runs == "xla_taps"
+
+
+def many_positions(op, positions):
+    """In the convolution that lax runs, along the rows and before strides."""
+    case = Case("many_positions", (1, 2, 1, 2), (2, 1, 2, 1), (4096, 1))
+    pads = ((0, positions - 1), (0, 0))
+    return {
+        "forward": dataclasses.replace(case, padding=pads),
+        "input_grad": dataclasses.replace(case, input=(1, positions, 1, 2)),
+        "filter_grad": dataclasses.replace(case, padding=pads, dilations=(positions - 1, 1)),
+    }[op]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_limit_of_lax_on_a_cpu(op):
+    def reason(positions, platform):
+        case = many_positions(op, positions)
+        shapes = {
+            "forward": (case.input, case.filter),
+            "input_grad": (case.filter, case.output),
+            "filter_grad": (case.input, case.output),
+        }[op]
+        a, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+        [found] = jax_dwbp.implementations(lambda a, b: case.run(op, a, b), a, b, platform=platform)
+        return found.reasons["lax"]
+
+    assert reason(2**24, "cpu") is reason(2**24 + 1, "tpu") is None
+    assert "at most 2**24 positions along an axis, before strides, got 16777217" in str(
+        reason(2**24 + 1, "cpu")
+    )
+
+
+def test_beyond_every_limit():
+    """The last row is right or it is an error: beyond the limit XLA leaves it uninitialised."""
+    case = many_positions("forward", 2**24)
+    a, b = case.operands("forward")
+    case.check("forward", case.run("forward", a, b), case.expected("forward", a, b), "float32")
+    case = many_positions("forward", 2**24 + 1)
+    for implementation, message in (
+        ("lax", r"forward: lax: .*2\*\*24"),
+        (None, "xla_taps: .*; lax: "),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            case.run("forward", a, b, implementation=implementation)
 
 
 def test_a_name_runs_that_one_or_raises():

@@ -14,9 +14,26 @@ from jax import lax
 
 from jax_dwbp._spec import ConvSpec, Op
 
+# XLA's kernel for a CPU counts the positions of a window in float32. Where that rounds, it may miss
+# the last one, and its results are what the memory held.
+_MAX_POSITIONS = 2**24
+
 
 def unsupported(op: Op, spec: ConvSpec, platform: str | None) -> str | None:
-    del op, spec, platform
+    if platform != "cpu":
+        return None
+    for size, kernel, _, _, pads, dilation in spec.axes():
+        window = (kernel - 1) * dilation + 1
+        positions = {
+            "forward": sum(pads) + size - window + 1,
+            "input_grad": size,
+            "filter_grad": window,
+        }[op]
+        if positions > _MAX_POSITIONS:
+            return (
+                f"on a CPU a window may have at most 2**24 positions along an axis, before "
+                f"strides, got {positions}"
+            )
     return None
 
 
