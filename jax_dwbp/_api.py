@@ -322,7 +322,7 @@ def _as_array(name: str, value: Any) -> Any:
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(f"`{name}` must be an array, got {brief(value)}: {error}") from error
+        raise TypeError(f"`{name}` must be an array, got {brief(value)}: {brief(error)}") from error
 
 
 def _apply(

@@ -166,7 +166,8 @@ def canonicalize(
 def check_dtype(name: str, dtype: Any) -> None:
     """It is one that TensorFlow's op takes."""
     if getattr(dtype, "name", None) not in DTYPES:
-        raise TypeError(f"`{name}` must have a dtype out of {', '.join(DTYPES)}, got {dtype}")
+        got = _cut(str(dtype))
+        raise TypeError(f"`{name}` must have a dtype out of {', '.join(DTYPES)}, got {got}")
 
 
 def check_same_dtype(dtypes: dict[str, np.dtype]) -> None:
@@ -177,14 +178,18 @@ def check_same_dtype(dtypes: dict[str, np.dtype]) -> None:
 
 
 def brief(value: Any) -> str:
-    """`value` for an error message: short, whatever it is."""
+    """`value` for an error message, of an exception its own: short, whatever it is."""
     is_array = hasattr(value, "shape") and hasattr(value, "dtype")
     if is_array and not isinstance(value, np.generic | type):
-        return f"an array of shape {value.shape} and dtype {value.dtype}"
+        return _cut(f"an array of shape {value.shape} and dtype {value.dtype}")
     try:
-        return reprlib.repr(value)
+        return _cut(str(value) if isinstance(value, Exception) else reprlib.repr(value))
     except Exception:  # an integer that is too long to print, or a class with a broken repr
         return f"a {type(value).__name__}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _check_elements(what: str, sizes: Sequence[Any]) -> None:

@@ -629,6 +629,16 @@ NO_PADDINGS = (
 
 
 @every_op
+def test_nested_padding(op):
+    itself, nested = [], 1
+    itself += [itself, itself]
+    for _ in range(8):
+        nested = [nested] * 4
+    for padding in (itself, nested):
+        refuses(TypeError, "`padding` must be " + PAIRS + "..", op, padding=padding)
+
+
+@every_op
 def test_no_padding(op):
     for padding, error, message in NO_PADDINGS:
         refuses(error, "`padding` must be " + message, op, padding=padding)
@@ -745,8 +755,9 @@ def test_no_array(op, name):
     ):
         got = reprlib.repr(value)
         refuses(TypeError, f"`{name}` must be an array, got {got}: ..", op, **{name: value})
-    struct = jax.ShapeDtypeStruct((2, 5, 6, 3), np.float32)
-    refuses(TypeError, f"`{name}` must be an array, got ..", op, **{name: struct})
+    # JAX's own message has all of the bytes.
+    for value in (jax.ShapeDtypeStruct((2, 5, 6, 3), np.float32), b"\xff" * 10**5):
+        refuses(TypeError, f"`{name}` must be an array, got ..", op, **{name: value})
     with pytest.raises(TypeError, match=f"^`{name}` must be an array, got "):
         call(op, **{name: jax.new_ref(jnp.ones(SHAPES[name]))})
 
@@ -764,6 +775,7 @@ def test_no_dtype(op, name):
         *(ones(SHAPES[name], dtype) for dtype in (object, np.longdouble, "S4", "M8[s]")),
         np.zeros(SHAPES[name], jax.dtypes.float0),
         np.zeros(SHAPES[name], [("x", "f4")]),
+        np.zeros(SHAPES[name], [(f"x{i}", "f4") for i in range(100)]),
         jax.random.key(0),
         *(jnp.full(SHAPES[name], 1j), 1, 1j, [[True]]),
     ):
