@@ -7,6 +7,7 @@ Shape legend, used in the whole package: N batch, H W input, P Q output, R S fil
 M depth multiplier.
 """
 
+import contextlib
 import dataclasses
 import enum
 import math
@@ -308,11 +309,11 @@ def _padding(
     if isinstance(padding, str):
         return padding, padding
     rule = "a string, ((top, bottom), (left, right)) or 4 pairs in the order of `data_format`"
-    if isinstance(padding, tuple | list) and len(padding) in (2, 4):
-        pairs = padding
-    elif getattr(padding, "shape", None) in ((2, 2), (4, 2)) and hasattr(padding, "__iter__"):
-        pairs = list(padding)
-    else:
+    pairs = []
+    with contextlib.suppress(Exception):  # whatever the caller's object raises
+        if isinstance(padding, tuple | list) or tuple(padding.shape) in ((2, 2), (4, 2)):
+            pairs = list(padding)
+    if len(pairs) not in (2, 4):
         raise TypeError(f"`padding` must be {rule}, got {brief(padding)}")
     try:
         pairs = [tuple(_integers("padding", rule, pair)) for pair in pairs]

@@ -9,6 +9,7 @@ import dataclasses
 import enum
 import re
 import reprlib
+import types
 from typing import Any
 from unittest import mock
 
@@ -626,6 +627,13 @@ NO_PADDINGS = (
         for value in ("", " SAME", "CAUSAL", "SAME_LOWER", "Same")
     ),
 )
+
+
+@every_op
+def test_padding_with_another_shape(op):
+    for shape in (np.array([2, 2]), [2, 2], 2, None, "22"):
+        padding = types.SimpleNamespace(shape=shape, dtype=np.dtype(int))
+        refuses(TypeError, "`padding` must be " + PAIRS + "an array of ..", op, padding=padding)
 
 
 @every_op
