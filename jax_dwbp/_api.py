@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jax_dwbp import _dispatch, _rules
@@ -296,6 +297,10 @@ def _operands(**operands: Any) -> list[jax.Array]:
     dtypes: dict[str, np.dtype] = {}
     for name, operand in operands.items():
         if isinstance(operand, jax.Array):
+            if not isinstance(operand, Tracer) and operand.is_deleted():
+                raise ValueError(
+                    f"`{name}` must have its data, got {brief(operand)} that was deleted or donated"
+                )
             arrays[name], dtypes[name] = operand, operand.dtype
         else:
             arrays[name] = _as_array(name, operand)
@@ -315,13 +320,13 @@ def _operands(**operands: Any) -> list[jax.Array]:
 
 def _as_array(name: str, value: Any) -> Any:
     if isinstance(value, tuple | list):
-        with contextlib.suppress(TypeError, ValueError):  # of tracers, say, which JAX can stack
+        with contextlib.suppress(Exception):  # of tracers, say, which JAX can stack
             value = np.asarray(value)
     if type(value) is np.ndarray:
         return value.astype(value.dtype.newbyteorder("="), copy=False)
     try:
         return jnp.asarray(value)
-    except (TypeError, ValueError, OverflowError) as error:
+    except Exception as error:  # also what the caller's object raises
         raise TypeError(f"`{name}` must be an array, got {brief(value)}: {brief(error)}") from error
 
 

@@ -180,12 +180,12 @@ def check_same_dtype(dtypes: dict[str, np.dtype]) -> None:
 
 def brief(value: Any) -> str:
     """`value` for an error message, of an exception its own: short, whatever it is."""
-    is_array = hasattr(value, "shape") and hasattr(value, "dtype")
-    if is_array and not isinstance(value, np.generic | type):
-        return _cut(f"an array of shape {value.shape} and dtype {value.dtype}")
     try:
+        is_array = hasattr(value, "shape") and hasattr(value, "dtype")
+        if is_array and not isinstance(value, np.generic | type):
+            return _cut(f"an array of shape {value.shape} and dtype {value.dtype}")
         return _cut(str(value) if isinstance(value, Exception) else reprlib.repr(value))
-    except Exception:  # an integer that is too long to print, or a class with a broken repr
+    except Exception:  # an integer that is too long to print, or a broken class
         return f"a {type(value).__name__}"
 
 
@@ -252,9 +252,9 @@ def _integers(name: str, rule: str, value: Any, *, integral_floats: bool = False
                 raise TypeError
             integers.append(operator.index(entry))  # pyright: ignore[reportArgumentType]
         return integers
-    except (TypeError, ValueError, OverflowError) as error:
+    except Exception as error:  # also what the caller's objects raise, and arrays that are deleted
         message = f"`{name}` must be {rule}, got {brief(value)}"
-        entries = value if isinstance(value, list) else [value]
+        entries = value if type(value) is list else [value]
         if any("Tracer" in type(entry).__name__ for entry in (error, *entries)):
             message += (
                 "; it must be static, known when the op is traced: under `jax.jit` mark it with "

@@ -838,6 +838,65 @@ def test_checked_before_anything_is_copied():
     refuses(ValueError, f"`strides` {FOUR}[1]", "forward", **arrays, strides=(1,))
 
 
+# ---- Objects of the caller that fail when asked what they are.
+
+
+PROTOCOLS = ("__array__", "__jax_array__", "__index__", "__iter__", "__len__", "dtype", "shape")
+
+
+def unwilling(protocol, error):
+    """An object that raises this when it is asked for one part of what NumPy and JAX look for."""
+
+    def fail(self, *_, **__):
+        raise error
+
+    return type("Unwilling", (), {protocol: fail if "__" in protocol else property(fail)})()
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_unwilling_objects(protocol):
+    for error in (RuntimeError("no"), KeyError("no"), AttributeError("no"), RecursionError()):
+        value = unwilling(protocol, error)
+        for each in (value, [value, value]):
+            for op in OPS:
+                for name in (name for name in TAKES[op] if name in SHAPES):
+                    refuses(TypeError, f"`{name}` must ..", op, **{name: each})
+            for name, ops in VECTORS.items():
+                message = f"`{name}` must be .. integers.., got .."
+                refuses(TypeError, message, ops[0], **{name: each})
+        for each in (value, [value, value], [[value, value]] * 2):
+            refuses(TypeError, f"`padding` must be {PAIRS}..", "forward", padding=each)
+        for name, (kind, message, _) in NO_FLAGS.items():
+            refuses(kind, message + "..", "forward", **{name: value})
+
+
+def test_interrupts_are_not_errors():
+    for protocol in ("__array__", "__jax_array__"):
+        value = unwilling(protocol, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            call("forward", input=value)
+    with pytest.raises(KeyboardInterrupt):
+        call("forward", strides=unwilling("__array__", KeyboardInterrupt))
+
+
+def test_deleted_arrays():
+    def deleted(shape, dtype: Any = "float32"):
+        array = jnp.ones(shape, dtype)
+        array.delete()
+        return array
+
+    for op in OPS:
+        for name in (name for name in TAKES[op] if name in SHAPES):
+            message = f"`{name}` must have its data, got {ARRAY}.. that was deleted or donated"
+            refuses(ValueError, message, op, **{name: deleted(SHAPES[name])})
+    for name, ops in VECTORS.items():
+        for value in (deleted(4, int), [deleted((), int)] * 4):
+            refuses(TypeError, f"`{name}` must be ..", ops[0], **{name: value})
+    refuses(TypeError, f"`padding` must be {PAIRS}..", "forward", padding=[deleted(2, int)] * 2)
+    with pytest.raises(TypeError, match="^`padding` must be"):  # JAX compiles what takes it apart
+        call("forward", padding=deleted((2, 2), int))
+
+
 # ---- Under transformations.
 
 
