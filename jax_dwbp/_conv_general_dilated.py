@@ -133,6 +133,7 @@ def _canonicalize(
         and types[0].dtype == types[1].dtype
         and {types[0].dtype.name, dtype.name} <= set(DTYPES)
         and types[0].dtype.itemsize <= dtype.itemsize
+        and dtype == jax.dtypes.canonicalize_dtype(dtype)  # not float64 without x64: lax warns
         and not (types[0].weak_type and types[1].weak_type)
         and out_sharding is None
         and not any(types[1].sharding.spec)

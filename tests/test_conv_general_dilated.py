@@ -1,6 +1,7 @@
 """The stand-in for lax's convolution: the same results, through this package where it can."""
 
 import itertools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +154,21 @@ def test_preferred_element_type(dtype, preferred):
         feature_group_count=4,
         preferred_element_type=preferred and jnp.dtype(preferred),
     )
+
+
+def test_float64_without_x64_goes_to_lax():
+    """It warns of the dtype that the result won't have, or doesn't."""
+    lhs, rhs = operands(None)
+    options = {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 4}
+    with jax.enable_x64(False):
+        for dtype in (float, np.float64, "float64"):
+            warned = []
+            for conv in (lax.conv_general_dilated, jax_dwbp.conv_general_dilated):
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    conv(lhs, rhs, **options, preferred_element_type=dtype)
+                warned.append([str(warning.message) for warning in caught])
+            assert warned[0] == warned[1]
 
 
 def test_integers_go_to_lax():
