@@ -220,5 +220,15 @@ def test_nothing_around_is_computed_once_for_each_tap():
     )
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_a_barrier_on_each_side_of_an_op(op):
+    """Where the compiler keeps them, for the same purpose."""
+    case = Case("layer", (1, 6, 6, 8), (3, 3, 8, 1))
+    traced = jax.jit(call_of(case, op)).trace(*case.operands(op))
+    for platform in ("tpu", "cuda"):
+        lowered = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert lowered.count("stablehlo.optimization_barrier") == 2
+
+
 def call_of(case, op):
     return functools.partial(case.run, op)
