@@ -64,9 +64,9 @@ def depthwise_conv2d_native(
       precision: a `jax.lax.Precision`, its name, or a pair of them. For "lax" on accelerators; the
         other implementations are exact to their accumulation.
       implementation: None for the best. There always is one, but on a CPU for windows of more than
-        2**24 positions along an axis. A name ("lax", "xla_taps") runs that one or raises; of a
-        sequence of names, the first that can. Gradients follow it. `jax_dwbp.implementations` tells
-        what runs and why the others don't.
+        2**24 positions along an axis. A name ("lax", "xla_taps", "native_cpu") runs that one or
+        raises; of a sequence of names, the first that can. Gradients follow it.
+        `jax_dwbp.implementations` tells what runs and why the others don't.
       forward_mode: True for `jvp`, `jacfwd`, `hessian`, `linearize` and `linear_transpose`. By
         default the op is a `jax.custom_vjp`, which rules these out.
 
@@ -253,10 +253,10 @@ def implementations(
 
     >>> x, f = jnp.ones((1, 4, 4, 2), "float32"), jnp.ones((3, 3, 2, 1), "float32")
     >>> [op] = implementations(
-    ...     depthwise_conv2d_native, x, f, strides=(1, 1), padding="SAME", platform="cpu"
+    ...     depthwise_conv2d_native, x, f, strides=(1, 1), padding="SAME", platform="tpu"
     ... )
     >>> op.runs
-    'xla_taps'
+    'lax'
     """
     if not callable(fun):
         raise TypeError(f"`fun` must be a function, got {brief(fun)}")

@@ -8,29 +8,32 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_dwbp._impl import lax as lax_convolution
-from jax_dwbp._impl import xla_taps
+from jax_dwbp._impl import native_cpu, xla_taps
 from jax_dwbp._spec import OPERANDS, ConvSpec, Op, brief
 
-_IMPLEMENTATIONS = {"lax": lax_convolution, "xla_taps": xla_taps}
-# Best first. On a CPU (2 cores, AVX-512, float32) the input gradient of xla_taps is 18 to 260 times
-# as fast as lax's in layers of networks, and slower only for a single channel with a multiplier of
-# 64 or more, which is a dense convolution. Nothing has been timed on an accelerator, where lax has
-# the vendors' kernels.
-_PREFERENCE = {"cpu": ("xla_taps", "lax")}
-_DEFAULT_PREFERENCE = ("lax", "xla_taps")
+_IMPLEMENTATIONS = {"lax": lax_convolution, "xla_taps": xla_taps, "native_cpu": native_cpu}
+# Calls that XLA can't look into: it can neither partition them nor export them to where this
+# package is not installed. They take operands as they come.
+_OPAQUE = {"native_cpu"}
+# Best first, as `python -m jax_dwbp.bench` finds it. On a CPU native_cpu is the fastest in every
+# layer of its table, and the input gradient of xla_taps is 18 to 260 times as fast as lax's.
+# Nothing has been timed on an accelerator, where lax has the vendors' kernels.
+_PREFERENCE = {"cpu": ("native_cpu", "xla_taps", "lax")}
+_DEFAULT_PREFERENCE = ("lax", "xla_taps", "native_cpu")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def explain(
-    op: Op, spec: ConvSpec, platform: str | None
+    op: Op, spec: ConvSpec, platform: str | None, transparent: bool = False
 ) -> tuple[str | None, dict[str, str | None]]:
     """The implementation that runs `op`, if any, and for each in the order of preference why not.
 
-    A platform of None stands for any, so what it can't run nobody can.
+    A platform of None stands for any, so what it can't run nobody can. If the program has to be
+    `transparent` to XLA, opaque calls are made only where they are asked for by name.
     """
     names = _PREFERENCE.get(platform or "", _DEFAULT_PREFERENCE)
     reasons = {name: _IMPLEMENTATIONS[name].unsupported(op, spec, platform) for name in names}
-    requested = spec.implementation or names
+    requested = spec.implementation or [n for n in names if not (transparent and n in _OPAQUE)]
     for name in requested:
         if name not in reasons:
             raise ValueError(
@@ -39,9 +42,9 @@ def explain(
     return next((name for name in requested if reasons[name] is None), None), reasons
 
 
-def select(op: Op, spec: ConvSpec, platform: str | None) -> str:
+def select(op: Op, spec: ConvSpec, platform: str | None, transparent: bool = False) -> str:
     """The name of the implementation that runs `op`, or NotImplementedError with the reasons."""
-    runs, reasons = explain(op, spec, platform)
+    runs, reasons = explain(op, spec, platform, transparent)
     if runs is None:
         requested = dict.fromkeys(spec.implementation or reasons)
         why = "; ".join(f"{name}: {reasons[name]}" for name in requested)
@@ -49,27 +52,22 @@ def select(op: Op, spec: ConvSpec, platform: str | None) -> str:
     return runs
 
 
-def result_shape(
-    op: Op, spec: ConvSpec, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
-) -> tuple[int, ...]:
-    """The shape of what `op` computes, with the problem axis of its operands if they have one."""
-    if op == "filter_grad":
-        return (*a_shape[:-4], *spec.kernel_spatial, spec.channels, spec.multiplier)
-    if op == "forward":
-        batch, spatial, depth = a_shape[:-3], spec.out_spatial, spec.channels * spec.multiplier
-    else:
-        batch, spatial, depth = b_shape[:-3], spec.in_spatial, spec.channels
-    if spec.data_format == "NHWC":
-        return (*batch, *spatial, depth)
-    return (*batch, depth, *spatial)
-
-
-def run(op: Op, spec: ConvSpec, platform: str | None, a: jax.Array, b: jax.Array) -> jax.Array:
+def run(
+    op: Op,
+    spec: ConvSpec,
+    platform: str | None,
+    transparent: bool,
+    a: jax.Array,
+    b: jax.Array,
+) -> jax.Array:
     """Runs `op` on its two operands in the caller's layout, with or without a problem axis."""
-    shape = result_shape(op, spec, a.shape, b.shape)
+    shape = spec.result_shape(op, a.shape, b.shape)
     if 0 in (*shape, *a.shape, *b.shape):
         return jnp.zeros(shape, a.dtype)
-    implementation = getattr(_IMPLEMENTATIONS[select(op, spec, platform)], op)
+    selected = select(op, spec, platform, transparent)
+    implementation = getattr(_IMPLEMENTATIONS[selected], op)
+    if selected in _OPAQUE:
+        return implementation(spec, a, b)
 
     def canonical(a: jax.Array, b: jax.Array) -> jax.Array:
         channels_first = spec.data_format == "NCHW"

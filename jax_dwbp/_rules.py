@@ -163,7 +163,7 @@ def _eager(a, b, *, op, spec):
 
 @_primitive.def_abstract_eval
 def _abstract_eval(a, b, *, op, spec):
-    return a.update(shape=_dispatch.result_shape(op, spec, a.shape, b.shape), weak_type=False)
+    return a.update(shape=spec.result_shape(op, a.shape, b.shape), weak_type=False)
 
 
 def _batch(operands, dims, *, op, spec):
@@ -198,10 +198,23 @@ def _batch(operands, dims, *, op, spec):
     return result.reshape(size, inner, *result.shape[1:]), 0
 
 
-def _run(a, b, *, op, spec, platform):
-    # Where this is lowered float64 may be off, though it was on where the op was called.
-    with jax.enable_x64(a.dtype.itemsize == 8):
-        return _dispatch.run(op, spec, platform, a, b)
+def _lower(ctx, a, b, *, op, spec, platform):
+    module = ctx.module_context
+    # One device, or all axes of its mesh in the hands of a `shard_map`: nothing to partition.
+    axes = module.axis_context
+    partitioned = (
+        axes.manual_axes != frozenset(axes.mesh.axis_names)
+        if hasattr(axes, "manual_axes")
+        else getattr(axes, "num_devices", 1) != 1
+    )
+    transparent = partitioned or module.lowering_parameters.for_export
+
+    def run(a, b):
+        # Where this is lowered float64 may be off, though it was on where the op was called.
+        with jax.enable_x64(a.dtype.itemsize == 8):
+            return _dispatch.run(op, spec, platform, transparent, a, b)
+
+    return mlir.lower_fun(run, multiple_results=False)(ctx, a, b)
 
 
 batching.primitive_batchers[_primitive] = _batch
@@ -211,5 +224,6 @@ ad.defbilinear(
     lambda u, a, b, **params: _cotangent(u, a, index=1, **params),
 )
 for _platform in (None, *_dispatch.PLATFORMS):
-    _lowering = mlir.lower_fun(functools.partial(_run, platform=_platform), multiple_results=False)
-    mlir.register_lowering(_primitive, _lowering, platform=_platform)
+    mlir.register_lowering(
+        _primitive, functools.partial(_lower, platform=_platform), platform=_platform
+    )

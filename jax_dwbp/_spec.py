@@ -81,6 +81,20 @@ class ConvSpec:
             )
         )
 
+    def result_shape(
+        self, op: Op, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        """The shape of what `op` computes, with the problem axis of its operands if any."""
+        if op == "filter_grad":
+            return (*a_shape[:-4], *self.kernel_spatial, self.channels, self.multiplier)
+        if op == "forward":
+            batch, spatial, depth = a_shape[:-3], self.out_spatial, self.channels * self.multiplier
+        else:
+            batch, spatial, depth = b_shape[:-3], self.in_spatial, self.channels
+        if self.data_format == "NHWC":
+            return (*batch, *spatial, depth)
+        return (*batch, depth, *spatial)
+
 
 def canonicalize(
     op: Op,

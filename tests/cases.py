@@ -19,7 +19,15 @@ import reference
 import jax_dwbp
 
 OPS = ("forward", "input_grad", "filter_grad")
-IMPLEMENTATIONS = ("lax", "xla_taps")
+# native_cpu is there if it could be compiled where the package was installed.
+[_selection] = jax_dwbp.implementations(
+    jax_dwbp.depthwise_conv2d_native,
+    *(jnp.zeros((1, 1, 1, 1)), jnp.zeros((1, 1, 1, 1)), (1, 1), "VALID"),
+    platform="cpu",
+)
+HAS_NATIVE = _selection.reasons["native_cpu"] is None
+IMPLEMENTATIONS = ("lax", "xla_taps") + ("native_cpu",) * HAS_NATIVE
+DEFAULT_ON_CPU = "native_cpu" if HAS_NATIVE else "xla_taps"
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -156,6 +164,7 @@ SMALL = (
     Case("big_filter", (1, 9, 10, 2), (9, 8, 2, 1)),
     Case("big_filter_strided", (1, 12, 9, 2), (11, 6, 2, 2), (2, 3), dilations=(1, 2)),
     Case("one_row_of_many", (1, 2, 70, 2), (1, 60, 2, 1), (1, 2)),
+    Case("one_column_of_phases", (1, 5, 7, 2), (3, 7, 2, 3), (2, 2), "VALID"),
     Case("pointwise", (2, 3, 4, 5), (1, 1, 5, 2)),
     Case("causal_1d", (2, 1, 12, 3), (1, 4, 3, 1), padding=((0, 0), (3, 0))),
     Case("long_1d", (2, 1, 300, 2), (1, 5, 2, 1)),

@@ -739,7 +739,7 @@ def test_attributes_follow_the_layout(op):
 
 @every_op
 def test_unknown_implementation(op):
-    message = "`implementation` must be out of lax, xla_taps, got "
+    message = "`implementation` must be out of lax, xla_taps, native_cpu, got "
     for value in ("foo", "", "LAX", " lax"):
         refuses(ValueError, message + repr(value), op, implementation=value)
         refuses(ValueError, message + repr(value), op, implementation=["lax", value])

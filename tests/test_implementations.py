@@ -5,13 +5,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import OPS, Case
+from cases import DEFAULT_ON_CPU, IMPLEMENTATIONS, OPS, Case
 
 import jax_dwbp
 
 CASE = Case("selected", (1, 5, 6, 2), (3, 3, 2, 1))
 MANY_COLUMNS = Case("many_columns", (1, 3, 80, 2), (2, 64, 2, 1))
 MANY_PHASES = Case("many_phases", (1, 9, 9, 2), (3, 3, 2, 1), (5, 4))
+TAPS_OR_LAX = ("xla_taps", "lax")
 
 
 def selection(case, op, platform="cpu", **options):
@@ -24,19 +25,24 @@ def selection(case, op, platform="cpu", **options):
 
 @pytest.mark.parametrize("op", OPS)
 def test_defaults(op):
-    assert selection(CASE, op, "cpu") == (op, "xla_taps", {"xla_taps": None, "lax": None})
+    found = selection(CASE, op, "cpu")
+    assert found[:2] == (op, DEFAULT_ON_CPU)
+    assert list(found.reasons) == ["native_cpu", "xla_taps", "lax"]
+    assert [name for name, reason in found.reasons.items() if reason is None] == [
+        name for name in found.reasons if name in IMPLEMENTATIONS
+    ]
     for platform in ("tpu", "cuda", "rocm"):
         assert selection(CASE, op, platform).runs == "lax"
 
 
 def test_limits_of_xla_taps():
     for op in OPS:
-        found = selection(MANY_COLUMNS, op)
+        found = selection(MANY_COLUMNS, op, implementation=TAPS_OR_LAX)
         assert found.runs == "lax"
         assert "at most 63 columns, got 64" in str(found.reasons["xla_taps"])
-    found = selection(MANY_PHASES, "input_grad")
+    found = selection(MANY_PHASES, "input_grad", implementation=TAPS_OR_LAX)
     assert found.runs == "lax" and "at most 16, got (5, 4)" in str(found.reasons["xla_taps"])
-    assert selection(MANY_PHASES, "forward").runs == "xla_taps"
+    assert selection(MANY_PHASES, "forward", implementation=TAPS_OR_LAX).runs == "xla_taps"
 
 
 def many_positions(op, positions):
@@ -77,7 +83,7 @@ def test_beyond_every_limit():
     case = many_positions("forward", 2**24 + 1)
     for implementation, message in (
         ("lax", r"forward: lax: .*2\*\*24"),
-        (None, "xla_taps: .*; lax: "),
+        (TAPS_OR_LAX, "xla_taps: .*; lax: "),
     ):
         with pytest.raises(NotImplementedError, match=message):
             case.run("forward", a, b, implementation=implementation)
@@ -95,9 +101,9 @@ def test_a_name_runs_that_one_or_raises():
 
 
 def test_a_sequence_is_tried_in_order():
-    for names, runs in ((("lax", "xla_taps"), "lax"), (["xla_taps", "lax"], "xla_taps")):
+    for names, runs in ((("lax", "xla_taps"), "lax"), (list(TAPS_OR_LAX), "xla_taps")):
         assert selection(CASE, "forward", implementation=names).runs == runs
-    found = selection(MANY_COLUMNS, "forward", implementation=("xla_taps", "lax"))
+    found = selection(MANY_COLUMNS, "forward", implementation=TAPS_OR_LAX)
     assert found.runs == "lax"
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import DTYPES, SMALL, from_layout, layout_shape, to_layout
+from cases import DEFAULT_ON_CPU, DTYPES, SMALL, from_layout, layout_shape, to_layout
 from jax import lax
 
 import jax_dwbp
@@ -50,7 +50,7 @@ def test_photograph(capsys):
         "\ndx              float32[1, 300, 451, 3] ",
         "\nstrides         (1, 2, 2, 1)\n",
         "\npadding         SAME\n",
-        "\nimplementation  xla_taps\n",
+        f"\nimplementation  {DEFAULT_ON_CPU}\n",
     ):
         assert expected in report
     assert re.search(r"\nfirst call +\d+\.\d\d ms, .*\nlater calls +\d+\.\d\d ms, ", report)
@@ -139,7 +139,7 @@ def test_files(case, data_format, capsys):
     assert main(command(case, data_format)) == 0
     check_output(case, f, dy, data_format)
     shape = layout_shape(case.input, data_format)
-    assert capsys.readouterr() == (f"{shape} float32 by xla_taps in dx.npy\n", "")
+    assert capsys.readouterr() == (f"{shape} float32 by {DEFAULT_ON_CPU} in dx.npy\n", "")
 
 
 @pytest.mark.parametrize("x64", (False, True))
@@ -386,7 +386,8 @@ def program(*arguments):
 def test_program():
     case = CASES["plain"]
     f, dy = write(case, dtype="float64")
-    assert program(*command(case)) == (0, f"{case.input} float64 by xla_taps in dx.npy\n", "")
+    line = f"{case.input} float64 by {DEFAULT_ON_CPU} in dx.npy\n"
+    assert program(*command(case)) == (0, line, "")
     check_output(case, f, dy, dtype="float64")
 
 

@@ -205,7 +205,7 @@ def test_nothing_around_is_computed_once_for_each_tap():
 
     def loss(filters, x):
         for f in filters:
-            x = case.run("forward", x, f)
+            x = case.run("forward", x, f, implementation="xla_taps")
         return jnp.sum(x**2)
 
     def flops(function, *arguments):
@@ -231,4 +231,4 @@ def test_a_barrier_on_each_side_of_an_op(op):
 
 
 def call_of(case, op):
-    return functools.partial(case.run, op)
+    return functools.partial(case.run, op, implementation="xla_taps")

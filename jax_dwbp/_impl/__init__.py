@@ -8,5 +8,7 @@ operand, any dtype out of `_spec.DTYPES`.
     input_grad(spec, f[G,R,S,C,M], dy[G,N,P,Q,C*M])      -> [G,N,H,W,C]
     filter_grad(spec, x[G,N,H,W,C], dy[G,N,P,Q,C*M])     -> [G,R,S,C,M]
 
+Those that XLA can't look into take operands in the layout of `spec`, with a G or without.
+
 None of them needs to be differentiable or to know a transformation: the rules stand above.
 """

@@ -1,0 +1,688 @@
+// The vector code, in the vector types of GCC and Clang.
+//
+// This file is compiled for several instruction sets and linked to one library. So it includes no
+// header with inline functions, and all but the table has internal linkage: the linker must not take
+// a function for a baseline CPU from the AVX-512 object.
+
+#include "kernels.h"
+
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 32")
+// Keeps a value that is used twice in a register; else it is loaded twice.
+#if defined(__aarch64__)
+#define IN_REGISTER(v) asm("" : "+w"(v))
+#else
+#define IN_REGISTER(v) asm("" : "+v"(v))
+#endif
+// Keeps a pointer as it is; else one is kept for each constant that is added to it.
+#define AS_POINTER(p) asm("" : "+r"(p))
+
+// ROWS rows of COLUMNS columns of a result, and the sums of TAPS taps, are held in registers: a line
+// each, in 16 registers or, with AVX-512 and on arm64, 32. 7 divides the sizes of ImageNet's feature
+// maps.
+#if defined(__AVX512F__)
+#define KERNELS Avx512Kernels
+#define VECTOR_BYTES 64
+#define ROWS 2
+#define COLUMNS 7
+#define TAPS 14
+#elif defined(__AVX2__)
+#define KERNELS Avx2Kernels
+#define VECTOR_BYTES 32
+#define ROWS 1
+#define COLUMNS 7
+#define TAPS 7
+#else
+#define KERNELS BaselineKernels
+#define VECTOR_BYTES 16
+#define ROWS 1
+#if defined(__aarch64__)
+#define COLUMNS 6
+#define TAPS 6
+#else
+#define COLUMNS 2
+#define TAPS 2
+#endif
+#endif
+
+namespace jax_dwbp {
+namespace {
+
+constexpr int kVectors = 64 / VECTOR_BYTES;
+// Products in a running sum, or those of one row if they are more. Such sums are added pairwise, so that
+// a rounding error grows with the logarithm of the filter's size.
+constexpr int64_t kChain = 7;
+// Levels of pairs, for up to 2**24 rows: more than the scratch that is allowed has lines.
+constexpr int kLevels = 24;
+// Filters with more columns skip those that meet only padding.
+constexpr int64_t kSkip = 8;
+
+template <typename T>
+struct Vector {
+  typedef T type __attribute__((vector_size(VECTOR_BYTES), may_alias));
+  typedef T unaligned __attribute__((vector_size(VECTOR_BYTES), may_alias, aligned(sizeof(T))));
+};
+
+struct Half {
+  uint16_t bits;
+};
+struct Brain {
+  uint16_t bits;
+};
+
+INLINE float AsFloat(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+INLINE uint32_t AsBits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  return bits;
+}
+
+INLINE void Convert(float from, float& to) { to = from; }
+INLINE void Convert(double from, double& to) { to = from; }
+
+INLINE void Convert(Brain from, float& to) { to = AsFloat(uint32_t{from.bits} << 16); }
+
+INLINE void Convert(float from, Brain& to) {
+  const uint32_t bits = AsBits(from);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  to.bits = (bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded;
+}
+
+// Half types by integer arithmetic, since XLA's threads flush subnormal floats to zero.
+INLINE void Convert(Half from, float& to) {
+  const uint32_t sign = (from.bits & 0x8000u) << 16, magnitude = from.bits & 0x7fffu;
+  const uint32_t normal = (magnitude << 13) + ((magnitude >= 0x7c00 ? 224u : 112u) << 23);
+  const uint32_t subnormal = AsBits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  to = AsFloat(sign | (magnitude < 0x400 ? subnormal : normal));
+}
+
+INLINE void Convert(float from, Half& to) {
+  const uint32_t bits = AsBits(from), sign = bits >> 31 << 15, magnitude = bits & 0x7fffffff;
+  // Below 2**-14 the last bit of a half is that of a sum with 0.5.
+  const uint32_t subnormal = AsBits(AsFloat(magnitude) + 0.5f) - AsBits(0.5f);
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
+  const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+  to.bits = sign | (magnitude >= (143u << 23) ? special : finite);
+}
+
+template <typename T>
+struct Compute {
+  using type = float;
+};
+template <>
+struct Compute<double> {
+  using type = double;
+};
+
+template <typename From, typename To, int count>
+INLINE void CopyFixed(const From* from, To* to) {
+  for (int i = 0; i < count; ++i) Convert(from[i], to[i]);
+}
+
+// Fewer than 16 values, by halves.
+template <typename From, typename To>
+INLINE void CopyTail(const From* from, To* to, int64_t count) {
+  int64_t i = 0;
+  if (count & 8) CopyFixed<From, To, 8>(from + i, to + i), i += 8;
+  if (count & 4) CopyFixed<From, To, 4>(from + i, to + i), i += 4;
+  if (count & 2) CopyFixed<From, To, 2>(from + i, to + i), i += 2;
+  if (count & 1) CopyFixed<From, To, 1>(from + i, to + i);
+}
+
+INLINE constexpr int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE constexpr int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// The lines of a phase that are not padding.
+struct Span {
+  int64_t begin, end;
+};
+
+// The number of p >= 0 with stride * (first + p) + phase < size.
+INLINE int64_t CountBelow(int64_t size, const Columns& columns, int64_t phase) {
+  const int64_t room = size - phase - columns.stride * columns.first;
+  return room <= 0 ? 0 : (room + columns.stride - 1) / columns.stride;
+}
+
+// Takes 1, 2, 4 or 8 multiples of the lanes of a line apart, by halves: loops that compilers vectorize.
+template <typename S, typename T, int kMultiplier>
+INLINE void Split(const S* from, T* to, int64_t plane) {
+  constexpr int kLanes = 64 / sizeof(T), kCount = kMultiplier * kLanes;
+  T buffers[2][kCount];
+  for (int i = 0; i < kCount; ++i) Convert(from[i], buffers[0][i]);
+  int source = 0;
+  UNROLL for (int n = kMultiplier; n > 1; n /= 2, source ^= 1) {
+    const T* a = buffers[source];
+    T* b = buffers[source ^ 1];
+    for (int i = 0; i < kCount / 2; ++i) b[i] = a[2 * i], b[i + kCount / 2] = a[2 * i + 1];
+  }
+  UNROLL for (int m = 0; m < kMultiplier; ++m) {
+    __builtin_memcpy(to + m * plane, buffers[source] + m * kLanes, sizeof(Line));
+  }
+}
+
+// Puts them together again.
+template <typename S, typename T, int kMultiplier>
+INLINE void Join(const T* from, S* to, int64_t plane) {
+  constexpr int kLanes = 64 / sizeof(T), kCount = kMultiplier * kLanes;
+  T buffers[2][kCount];
+  UNROLL for (int m = 0; m < kMultiplier; ++m) {
+    __builtin_memcpy(buffers[0] + m * kLanes, from + m * plane, sizeof(Line));
+  }
+  int source = 0;
+  UNROLL for (int n = kMultiplier; n > 1; n /= 2, source ^= 1) {
+    const T* a = buffers[source];
+    T* b = buffers[source ^ 1];
+    for (int i = 0; i < kCount / 2; ++i) b[2 * i] = a[i], b[2 * i + 1] = a[i + kCount / 2];
+  }
+  for (int i = 0; i < kCount; ++i) Convert(buffers[source][i], to[i]);
+}
+
+template <typename S, typename T, int kMultiplier>
+INLINE void PackColumn(const Row& row, const S* from, Line* to) {
+  constexpr int64_t kLanes = 64 / sizeof(T);
+  const int64_t m_count = kMultiplier ? kMultiplier : row.multiplier;
+  const int64_t tail = row.channels % kLanes, plane = row.plane * kLanes;
+  T* line = reinterpret_cast<T*>(to);
+  for (int64_t b = 0; b < row.channels / kLanes; ++b) {
+    if constexpr (kMultiplier > 0) {
+      Split<S, T, kMultiplier>(from, line, plane);
+    } else {
+      for (int64_t m = 0; m < m_count; ++m) {
+        for (int64_t l = 0; l < kLanes; ++l) Convert(from[l * m_count + m], line[m * plane + l]);
+      }
+    }
+    from += kLanes * m_count, line += m_count * plane;
+  }
+  if (!tail) return;
+  for (int64_t m = 0; m < m_count; ++m, line += plane) {
+    for (int64_t l = 0; l < kLanes; ++l) line[l] = 0;
+    if (m_count == 1) {
+      CopyTail(from, line, tail);
+    } else {
+      for (int64_t l = 0; l < tail; ++l) Convert(from[l * m_count + m], line[l]);
+    }
+  }
+}
+
+// Where the columns of an array have their values side by side.
+template <typename S>
+INLINE void PackColumns(const Row& row, const Columns& columns, int64_t phase, const Span* spans,
+                        int64_t count) {
+  using T = typename Compute<S>::type;
+  int64_t first = columns.width, last = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    first = Min(first, spans[i].begin);
+    last = Max(last, spans[i].end);
+  }
+  // In the order of memory, which is read ahead.
+  for (int64_t p = first; p < last; ++p) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (p < spans[i].begin || p >= spans[i].end) continue;
+      const int64_t column = columns.stride * (columns.first + p) + columns.phases[phase + i];
+      const S* from = static_cast<const S*>(row.data) + column * row.column_step;
+      Line* to = row.lines + (phase + i) * columns.width + p;
+      switch (row.multiplier) {
+        case 1:
+          PackColumn<S, T, 1>(row, from, to);
+          break;
+        case 2:
+          PackColumn<S, T, 2>(row, from, to);
+          break;
+        case 4:
+          PackColumn<S, T, 4>(row, from, to);
+          break;
+        case 8:
+          PackColumn<S, T, 8>(row, from, to);
+          break;
+        default:
+          PackColumn<S, T, 0>(row, from, to);
+      }
+    }
+  }
+}
+
+// Where the values of a channel lie side by side.
+template <typename S>
+INLINE void PackPlanes(const Row& row, const Columns& columns, int64_t phase, const Span& span) {
+  using T = typename Compute<S>::type;
+  constexpr int64_t kLanes = 64 / sizeof(T);
+  const int64_t planes = (row.channels + kLanes - 1) / kLanes * row.multiplier;
+  const int64_t column = columns.stride * (columns.first + span.begin) + columns.phases[phase];
+  const int64_t step = columns.stride * row.column_step;
+  for (int64_t plane = 0; plane < planes; ++plane) {
+    const int64_t block = plane / row.multiplier, m = plane % row.multiplier;
+    const int64_t lanes = Min(kLanes, row.channels - block * kLanes);
+    T* to = reinterpret_cast<T*>(row.lines + phase * columns.width + plane * row.plane);
+    for (int64_t l = 0; l < kLanes; ++l) {
+      const int64_t depth = ((block * kLanes + l) * row.multiplier + m) * row.depth_step;
+      const S* values = static_cast<const S*>(row.data) + column * row.column_step + depth;
+      for (int64_t p = span.begin; p < span.end; ++p, values += step) {
+        if (l < lanes) {
+          Convert(*values, to[p * kLanes + l]);
+        } else {
+          to[p * kLanes + l] = 0;
+        }
+      }
+    }
+  }
+}
+
+template <typename S>
+void Pack(const Row& row, const Columns& columns) {
+  using T = typename Compute<S>::type;
+  constexpr int64_t kLanes = 64 / sizeof(T), kPhases = 8;
+  const int64_t planes = (row.channels + kLanes - 1) / kLanes * row.multiplier;
+  for (int64_t phase = 0; phase < columns.phase_count; phase += kPhases) {
+    const int64_t count = Min(kPhases, columns.phase_count - phase);
+    Span spans[kPhases];
+    for (int64_t i = 0; i < count; ++i) {
+      Span& span = spans[i];
+      const int64_t start = columns.phases[phase + i];
+      span.begin = Min(CountBelow(0, columns, start), columns.width);
+      span.end = Max(span.begin, Min(CountBelow(columns.size, columns, start), columns.width));
+      for (int64_t plane = 0; plane < planes; ++plane) {
+        Line* line = row.lines + (phase + i) * columns.width + plane * row.plane;
+        __builtin_memset(line, 0, span.begin * sizeof(Line));
+        __builtin_memset(line + span.end, 0, (columns.width - span.end) * sizeof(Line));
+      }
+      if (row.depth_step != 1) PackPlanes<S>(row, columns, phase + i, span);
+    }
+    if (row.depth_step == 1) PackColumns<S>(row, columns, phase, spans, count);
+  }
+}
+
+template <typename S, typename T, int kMultiplier>
+INLINE void EmitColumn(const Row& row, int64_t lanes, const T* from, S* to) {
+  constexpr int64_t kLanes = 64 / sizeof(T);
+  const int64_t m_count = row.multiplier, plane = row.plane * kLanes;
+  if (kMultiplier > 0 && lanes == kLanes) {
+    Join<S, T, Max(kMultiplier, 1)>(from, to, plane);
+  } else if (m_count == 1) {
+    CopyTail(from, to, lanes);
+  } else {
+    for (int64_t l = 0; l < lanes; ++l) {
+      for (int64_t m = 0; m < m_count; ++m) Convert(from[m * plane + l], to[l * m_count + m]);
+    }
+  }
+}
+
+template <typename S>
+void Emit(const Row& row, int64_t columns) {
+  using T = typename Compute<S>::type;
+  constexpr int64_t kLanes = 64 / sizeof(T);
+  for (int64_t b = 0; b * kLanes < row.channels; ++b) {
+    const int64_t lanes = Min(kLanes, row.channels - b * kLanes);
+    const T* from = reinterpret_cast<const T*>(row.lines + b * row.multiplier * row.plane);
+    S* to = static_cast<S*>(row.data) + b * kLanes * row.multiplier * row.depth_step;
+    if (row.depth_step == 1) {
+      for (int64_t t = 0; t < columns; ++t, from += kLanes, to += row.column_step) {
+        switch (row.multiplier) {
+          case 1:
+            EmitColumn<S, T, 1>(row, lanes, from, to);
+            break;
+          case 2:
+            EmitColumn<S, T, 2>(row, lanes, from, to);
+            break;
+          case 4:
+            EmitColumn<S, T, 4>(row, lanes, from, to);
+            break;
+          case 8:
+            EmitColumn<S, T, 8>(row, lanes, from, to);
+            break;
+          default:
+            EmitColumn<S, T, 0>(row, lanes, from, to);
+        }
+      }
+      continue;
+    }
+    for (int64_t l = 0; l < lanes; ++l) {
+      for (int64_t m = 0; m < row.multiplier; ++m) {
+        S* values = to + (l * row.multiplier + m) * row.depth_step;
+        const T* lane = from + m * row.plane * kLanes + l;
+        for (int64_t t = 0; t < columns; ++t) {
+          Convert(lane[t * kLanes], values[t * row.column_step]);
+        }
+      }
+    }
+  }
+}
+
+INLINE void Prefetch(const Source& source, int64_t block, int64_t column, int64_t columns) {
+  const Ahead& ahead = source.ahead;
+  for (int64_t i = 0; i < ahead.rows; ++i) {
+    const char* line = ahead.row + i * ahead.row_bytes + block * source.block_bytes +
+                       column * source.column_bytes;
+    const char* const end = line + columns * source.column_bytes;
+    for (; line < end; line += source.line_bytes) __builtin_prefetch(line, 0, 2);
+  }
+}
+
+template <int i>
+struct Index {
+  static constexpr int value = i;
+};
+
+template <typename T, int kRows, int kColumns>
+struct Sums {
+  typename Vector<T>::type of[kRows][kColumns][kVectors];
+};
+
+// Some columns of a result, and the taps that they meet.
+struct Run {
+  int64_t t;  // the first column
+  const Tap *begin, *end;
+};
+
+template <typename T>
+INLINE typename Vector<T>::type Load(const char* from) {
+  return *reinterpret_cast<const typename Vector<T>::unaligned*>(from);
+}
+
+// Adds what a row of the filter gives to the rows kFirst to kLast of the result. kTaps is the number of
+// taps if it is known and they read adjacent lines, else 0; kStride is how many lines the columns are
+// apart. What is not packed has no lines of zeros: there the products with them are left out.
+template <typename T, int kTaps, int kStride, bool kPacked, int kFirst, int kLast, int kRows,
+          int kColumns>
+INLINE void AddRow(Sums<T, kRows, kColumns>& sums, const char* row, const T* const* weights,
+                   const Run& run, const Source& in) {
+  using V = typename Vector<T>::type;
+  constexpr int kStep = VECTOR_BYTES / sizeof(T), kLanes = 64 / sizeof(T);
+  const Tap *const begin = run.begin, *const end = run.end;
+  if constexpr (kTaps > 0 && kVectors == 1) {
+    // Each line is loaded once, for all taps and rows.
+    V w[kRows][kTaps];
+    const int64_t weight_step = (begin[1].weight - begin[0].weight) * kLanes;
+    UNROLL for (int i = kFirst; i <= kLast; ++i) {
+      const T* weight = weights[i] + begin->weight * kLanes;
+      UNROLL for (int k = 0; k < kTaps; ++k, weight += weight_step) {
+        AS_POINTER(weight);
+        w[i][k] = *reinterpret_cast<const V*>(weight);
+        IN_REGISTER(w[i][k]);
+      }
+    }
+    const char* read = row + begin->read;
+    AS_POINTER(read);
+    const int64_t step = kPacked ? 64 : in.line_bytes;
+    UNROLL for (int l = 0; l < kStride * (kColumns - 1) + kTaps; ++l, read += step) {
+      // A tap and a column that meet the line, as good as any.
+      const int j = Min(l / kStride, kColumns - 1), k = l - j * kStride;
+      if (k >= kTaps) continue;
+      const int64_t t = run.t + j;
+      if (!kPacked && (t < begin[k].begin || t >= begin[k].end)) continue;
+      V x = Load<T>(read);
+      IN_REGISTER(x);
+      UNROLL for (int k = 0; k < kTaps; ++k) {
+        if (l < k || (l - k) % kStride || (l - k) / kStride >= kColumns) continue;
+        UNROLL for (int i = kFirst; i <= kLast; ++i) {
+          sums.of[i][(l - k) / kStride][0] += x * w[i][k];
+        }
+      }
+    }
+  } else {
+    const auto add = [&](const Tap* tap) __attribute__((always_inline)) {
+      const char* read = row + tap->read;
+      AS_POINTER(read);
+      const int64_t step = kPacked ? 64 : in.column_bytes;
+      const int64_t first = tap->begin - run.t, last = tap->end - run.t;
+      UNROLL for (int v = 0; v < kVectors; ++v) {
+        V w[kRows];
+        UNROLL for (int i = kFirst; i <= kLast; ++i) {
+          w[i] = *reinterpret_cast<const V*>(weights[i] + tap->weight * kLanes + v * kStep);
+        }
+        UNROLL for (int j = 0; j < kColumns; ++j) {
+          if (!kPacked && (j < first || j >= last)) continue;
+          V x = Load<T>(read + j * step + v * VECTOR_BYTES);
+          if (kFirst < kLast) IN_REGISTER(x);
+          UNROLL for (int i = kFirst; i <= kLast; ++i) sums.of[i][j][v] += x * w[i];
+        }
+      }
+    };
+    if constexpr (kTaps > 0) {
+      UNROLL for (int k = 0; k < kTaps; ++k) add(begin + k);
+    } else {
+      for (const Tap* tap = begin; tap < end; ++tap) add(tap);
+    }
+  }
+}
+
+template <typename T, int kRows, int kColumns>
+INLINE void AddSums(Sums<T, kRows, kColumns>& sums, const Sums<T, kRows, kColumns>& others) {
+  UNROLL for (int i = 0; i < kRows; ++i) {
+    UNROLL for (int j = 0; j < kColumns; ++j) {
+      UNROLL for (int v = 0; v < kVectors; ++v) sums.of[i][j][v] += others.of[i][j][v];
+    }
+  }
+}
+
+// Not inlined, for the registers.
+template <typename T, int kTaps, int kStride, bool kPacked, int kRows, int kColumns>
+__attribute__((noinline)) void ConvolveRun(const Convolution& conv, const Run& run) {
+  const int64_t chain_rows = Max(kChain / Max(run.end - run.begin, 1), 1);
+  for (int64_t block = 0; block < conv.blocks; ++block) {
+    const int64_t read_bytes = block * conv.in.block_bytes + run.t * conv.in.column_bytes;
+    const int64_t weight_lines = block * conv.weight_lines;
+    Sums<T, kRows, kColumns> sums, pairs[kLevels];
+    int64_t r = 0, chains = 0;
+    for (;;) {
+      sums = {};
+      const auto rows_to = [&](auto first, auto last, int64_t to) __attribute__((always_inline)) {
+        for (; r < to; ++r) {
+          const T* weights[kRows];
+          UNROLL for (int i = 0; i < kRows; ++i) {
+            weights[i] = reinterpret_cast<const T*>(conv.weights[i][r] + weight_lines);
+          }
+          AddRow<T, kTaps, kStride, kPacked, decltype(first)::value, decltype(last)::value>(
+              sums, conv.in.rows[r] + read_bytes, weights, run, conv.in);
+        }
+      };
+      const int64_t end = Min(conv.in.row_count, r + chain_rows);
+      if constexpr (kRows == 1) {
+        rows_to(Index<0>(), Index<0>(), end);
+      } else {
+        rows_to(Index<0>(), Index<0>(), Min(end, conv.both_begin));
+        rows_to(Index<0>(), Index<1>(), Min(end, conv.both_end));
+        rows_to(Index<1>(), Index<1>(), end);
+      }
+      // Like a binary counter: where a bit is set, a sum of as many chains waits for its pair.
+      int level = 0;
+      if (r == conv.in.row_count) {
+        for (; chains >> level; ++level) {
+          if (chains >> level & 1) AddSums(sums, pairs[level]);
+        }
+        break;
+      }
+      for (; chains >> level & 1; ++level) AddSums(sums, pairs[level]);
+      pairs[level] = sums;
+      ++chains;
+    }
+    if constexpr (!kPacked) Prefetch(conv.in, block, run.t, kColumns);
+    UNROLL for (int i = 0; i < kRows; ++i) {
+      char* out = conv.out[i] + block * conv.out_bytes + run.t * conv.column_bytes;
+      UNROLL for (int j = 0; j < kColumns; ++j, out += conv.column_bytes) {
+        // What is written next, else each line of it would be waited for.
+        __builtin_prefetch(out + kColumns * conv.column_bytes, 1);
+        UNROLL for (int v = 0; v < kVectors; ++v) {
+          *reinterpret_cast<typename Vector<T>::unaligned*>(out + v * VECTOR_BYTES) =
+              sums.of[i][j][v];
+        }
+      }
+    }
+  }
+}
+
+template <typename T, int kTaps, int kStride, bool kPacked, int kRows, int kColumns>
+INLINE void ConvolveColumns(const Convolution& conv, int64_t t) {
+  Run run{t, conv.taps, conv.taps + conv.tap_count};
+  if (kTaps == 0 && conv.tap_count > kSkip && conv.in.row_count > 0) {
+    const auto misses = [=](const Tap& tap) { return tap.begin >= t + kColumns || tap.end <= t; };
+    while (run.begin < run.end && misses(*run.begin)) ++run.begin;
+    while (run.begin < run.end && misses(run.end[-1])) --run.end;
+  }
+  ConvolveRun<T, kTaps, kStride, kPacked, kRows, kColumns>(conv, run);
+}
+
+// The template of a number of columns that is known when it runs.
+template <typename T, int kTaps, int kStride, bool kPacked, int kRows, int kColumns = COLUMNS>
+void ConvolveSome(const Convolution& conv, int64_t columns, int64_t t) {
+  if constexpr (kColumns > 0) {
+    if (columns == kColumns) return ConvolveColumns<T, kTaps, kStride, kPacked, kRows, kColumns>(conv, t);
+    ConvolveSome<T, kTaps, kStride, kPacked, kRows, kColumns - 1>(conv, columns, t);
+  }
+}
+
+template <typename T, int kTaps, int kStride, bool kPacked, int kRows>
+void ConvolveRows(const Convolution& conv) {
+  // Of even size. Blocks of the same columns lie side by side in the result, so that it is written in
+  // one stream.
+  const int64_t groups = (conv.columns + COLUMNS - 1) / COLUMNS;
+  for (int64_t i = 0; i < groups; ++i) {
+    const int64_t t = i * conv.columns / groups, next = (i + 1) * conv.columns / groups;
+    ConvolveSome<T, kTaps, kStride, kPacked, kRows>(conv, next - t, t);
+  }
+}
+
+template <typename T, bool kPacked, int kRows>
+void ConvolveTaps(const Convolution& conv) {
+  // One tap after the other, or the other way round: packed, the last of a phase and the first of the
+  // next may lie side by side too.
+  bool adjacent = true;
+  for (int64_t i = 1; i < conv.tap_count; ++i) {
+    const Tap *tap = conv.taps + i, *before = tap - 1;
+    adjacent &= tap->read == before->read + conv.in.line_bytes;
+    adjacent &= tap->weight - before->weight == conv.taps[1].weight - conv.taps[0].weight;
+  }
+  const int64_t taps = adjacent ? conv.tap_count : 0;
+  if (conv.in.column_bytes == conv.in.line_bytes) {
+    switch (taps) {
+      case 3:
+        return ConvolveRows<T, 3, 1, kPacked, kRows>(conv);
+      case 5:
+        return ConvolveRows<T, 5, 1, kPacked, kRows>(conv);
+      case 7:
+        return ConvolveRows<T, kPacked ? 7 : 0, 1, kPacked, kRows>(conv);
+    }
+  } else if (!kPacked && conv.in.column_bytes == 2 * conv.in.line_bytes) {
+    switch (taps) {
+      case 3:
+        return ConvolveRows<T, 3, 2, false, kRows>(conv);
+      case 5:
+        return ConvolveRows<T, 5, 2, false, kRows>(conv);
+    }
+  }
+  ConvolveRows<T, 0, 1, kPacked, kRows>(conv);
+}
+
+template <typename T>
+void Convolve(const Convolution& conv) {
+  const bool one_row = ROWS == 1 || !conv.out[1];
+  if (conv.in.packed) {
+    return one_row ? ConvolveTaps<T, true, 1>(conv) : ConvolveTaps<T, true, ROWS>(conv);
+  }
+  return one_row ? ConvolveTaps<T, false, 1>(conv) : ConvolveTaps<T, false, ROWS>(conv);
+}
+
+// Taps that are summed at once, of one block of channels.
+template <typename T>
+struct Group {
+  const char* reads[TAPS];
+  T* sums[TAPS];
+  int64_t begins[TAPS], ends[TAPS];  // of each tap
+  int64_t begin, end;                // from the first to the last of any
+  int64_t all_begin, all_end;        // of all, or what is packed
+};
+
+template <typename T, int kTaps>
+INLINE void CorrelateTaps(const Correlation& corr, const Group<T>& group, int64_t block) {
+  using V = typename Vector<T>::type;
+  constexpr int kStep = VECTOR_BYTES / sizeof(T), kLanes = 64 / sizeof(T);
+  const char* const dy = *corr.dy.rows + block * corr.dy.block_bytes;
+  V sums[kTaps][kVectors] = {};
+  const auto add = [&](int64_t t, auto check) __attribute__((always_inline)) {
+    V u[kVectors];
+    UNROLL for (int v = 0; v < kVectors; ++v) {
+      u[v] = Load<T>(dy + t * corr.dy.column_bytes + v * VECTOR_BYTES);
+    }
+    const int64_t offset = block * corr.in.block_bytes + t * corr.in.column_bytes;
+    UNROLL for (int i = 0; i < kTaps; ++i) {
+      if (decltype(check)::value && (t < group.begins[i] || t >= group.ends[i])) continue;
+      UNROLL for (int v = 0; v < kVectors; ++v) {
+        sums[i][v] += Load<T>(group.reads[i] + offset + v * VECTOR_BYTES) * u[v];
+      }
+    }
+  };
+  int64_t t = group.begin;
+  for (; t < Min(group.all_begin, group.end); ++t) add(t, Index<1>());
+  for (; t < group.all_end; ++t) add(t, Index<0>());
+  for (; t < group.end; ++t) add(t, Index<1>());
+  UNROLL for (int i = 0; i < kTaps; ++i) {
+    T* const sum = group.sums[i] + block * corr.sum_lines * kLanes;
+    UNROLL for (int v = 0; v < kVectors; ++v) *reinterpret_cast<V*>(sum + v * kStep) += sums[i][v];
+  }
+}
+
+template <typename T, int kTaps>
+void CorrelateSome(const Correlation& corr, const Group<T>& group, int64_t count, bool prefetch) {
+  if constexpr (kTaps > 0) {
+    if (count != kTaps) return CorrelateSome<T, kTaps - 1>(corr, group, count, prefetch);
+    for (int64_t block = 0; block < corr.blocks; ++block) {
+      if (prefetch) {
+        Prefetch(corr.in, block, 0, corr.columns);
+        Prefetch(corr.dy, block, 0, corr.columns);
+      }
+      CorrelateTaps<T, kTaps>(corr, group, block);
+    }
+  }
+}
+
+template <typename T>
+void Correlate(const Correlation& corr) {
+  const int64_t taps = corr.in.row_count * corr.tap_count;
+  const int64_t groups = (taps + TAPS - 1) / TAPS;
+  const Tap *tap = corr.taps, *const end = corr.taps + corr.tap_count;
+  int64_t row = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    // Of even size.
+    const int64_t count = (g + 1) * taps / groups - g * taps / groups;
+    Group<T> group;
+    group.begin = group.all_begin = tap->begin, group.end = group.all_end = tap->end;
+    for (int64_t i = 0; i < count; ++i) {
+      group.reads[i] = corr.in.rows[row] + tap->read;
+      group.sums[i] = reinterpret_cast<T*>(corr.sums[row] + tap->weight);
+      group.begins[i] = tap->begin, group.ends[i] = tap->end;
+      group.begin = Min(group.begin, tap->begin);
+      group.end = Max(group.end, tap->end);
+      group.all_begin = Max(group.all_begin, tap->begin);
+      group.all_end = Min(group.all_end, tap->end);
+      if (++tap == end) tap = corr.taps, ++row;
+    }
+    if (corr.in.packed) group.all_begin = group.begin, group.all_end = group.end;
+    CorrelateSome<T, TAPS>(corr, group, count, g == 0);
+  }
+}
+
+template <typename T>
+void Add(Line* a, const Line* b, int64_t lines) {
+  T* to = reinterpret_cast<T*>(a);
+  const T* from = reinterpret_cast<const T*>(b);
+  for (int64_t i = 0; i < lines * static_cast<int64_t>(64 / sizeof(T)); ++i) to[i] += from[i];
+}
+
+template <typename S>
+constexpr Kernels Table() {
+  using T = typename Compute<S>::type;
+  return {64 / sizeof(T), sizeof(S), ROWS, Pack<S>, Emit<S>, Convolve<T>, Correlate<T>, Add<T>};
+}
+
+constexpr Kernels kTables[] = {Table<Half>(), Table<Brain>(), Table<float>(), Table<double>()};
+
+}  // namespace
+
+const Kernels& KERNELS(Type type) { return kTables[static_cast<int>(type)]; }
+
+}  // namespace jax_dwbp

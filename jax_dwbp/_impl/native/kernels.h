@@ -1,0 +1,120 @@
+// What the scheduler (native_cpu.cc) asks of the vector code (kernels.cc), which is compiled once for
+// each instruction set.
+//
+// Both speak of lines: 64 bytes that hold 16 float32 or 8 float64 values, one for each of as many
+// adjacent channels. Arrays of the caller are packed into lines of scratch, by which layout, data type,
+// padding, stride and depth multiplier are out of the way, and results are emitted from lines. Where an
+// array consists of lines as it is, small filters read and write it in place.
+
+#ifndef JAX_DWBP_KERNELS_H_
+#define JAX_DWBP_KERNELS_H_
+
+#include <cstdint>
+
+namespace jax_dwbp {
+
+struct alignas(64) Line {
+  unsigned char bytes[64];
+};
+
+// Columns of an array of the caller, and the planes of lines that they are packed to or emitted from.
+// Channel b * lanes + l of multiple m lies in lane l of plane b * multiplier + m.
+struct Row {
+  void* data;            // the first channel of column 0
+  Line* lines;           // the first line of the first plane
+  int64_t plane;         // lines from one plane to the next
+  int64_t channels;      // how many
+  int64_t multiplier;    // values for each channel
+  int64_t column_step;   // elements from one column to the next
+  int64_t depth_step;    // elements from one value of a column to the next
+};
+
+// The columns that are packed: line p of phase i takes column stride * (first + p) + phases[i], or
+// zeros if there is none. Phases follow each other in a plane.
+struct Columns {
+  const int64_t* phases;
+  int64_t phase_count;
+  int64_t stride;
+  int64_t first;
+  int64_t width;  // lines for each phase
+  int64_t size;   // columns that there are
+};
+
+// Rows of the caller's array that will be read next, to be fetched. In steps of a column the caches
+// don't foresee it.
+struct Ahead {
+  const char* row;
+  int64_t rows, row_bytes;
+};
+
+// What is read: packed rows, with lines of zeros for the padding, or rows of the caller's array.
+struct Source {
+  const char* const* rows;  // that the rows of the filter meet
+  int64_t row_count;
+  int64_t column_bytes;  // from what a tap reads for one column to what it reads for the next
+  int64_t line_bytes;    // from one line of a row to the next; both are 64 if packed
+  int64_t block_bytes;   // from one block of channels to the next
+  bool packed;
+  Ahead ahead;
+};
+
+// A column of the filter, for one run of output columns t = 0, 1, ...
+struct Tap {
+  int64_t read;        // bytes to what t = 0 reads, of each row
+  int64_t weight;      // the line of its weight, of each row of the filter
+  int64_t begin, end;  // where t meets more than padding
+};
+
+// One row of the result or, where the kernel takes two at a time, two. Rows that only the first of them
+// reads come first, then those that both read, then those that only the second reads.
+struct Convolution {
+  Source in;
+  const Line* const* weights[2];  // the rows of the filter, for each row of the result
+  int64_t both_begin, both_end;
+  const Tap* taps;
+  int64_t tap_count;
+  int64_t columns;
+  char* out[2];          // null for a second row that there is not
+  int64_t column_bytes;  // in `out`, from one column to the next
+  // Blocks of one line of channels each, and what leads from one to the next.
+  int64_t blocks;
+  int64_t weight_lines, out_bytes;
+};
+
+struct Correlation {
+  Source in;
+  Source dy;  // one row
+  Line* const* sums;  // of the rows of the filter
+  const Tap* taps;
+  int64_t tap_count;
+  int64_t columns;
+  int64_t blocks;
+  int64_t sum_lines;
+};
+
+// Of one instruction set and one data type. Half types are packed to float32.
+struct Kernels {
+  int64_t lanes;         // values in a line
+  int64_t element_size;  // of the caller's arrays
+  int64_t rows;          // of the result that `convolve` takes at a time
+  void (*pack)(const Row&, const Columns&);
+  void (*emit)(const Row&, int64_t columns);
+  // out[i][t] = sum over rows and taps of what tap reads for t * weights[i][r][tap.weight]
+  void (*convolve)(const Convolution&);
+  // sums[r][tap.weight] += sum over t of dy[t] * what tap reads for t
+  void (*correlate)(const Correlation&);
+  // a[i] += b[i]
+  void (*add)(Line* a, const Line* b, int64_t lines);
+};
+
+enum class Type { kFloat16, kBFloat16, kFloat32, kFloat64 };
+
+const Kernels& BaselineKernels(Type type);
+#ifdef JAX_DWBP_X86
+const Kernels& Avx2Kernels(Type type);
+const Kernels& Avx512Kernels(Type type);
+#endif
+
+}  // namespace jax_dwbp
+
+#endif  // JAX_DWBP_KERNELS_H_

@@ -1,0 +1,824 @@
+// The three ops on a CPU: what is packed, convolved and emitted when, and by which thread.
+//
+// Along one axis each op reads t + offset to write t, for each tap of the filter. The forward op
+// with a stride of s reads s phases of x (x[s * t + phase]); its transpose writes s phases of dx, each
+// from the taps that meet it. So a stride is only a matter of which lines are packed and where
+// results go: the vector code sees dense sums.
+//
+// A task takes the rows of one image one after the other. It packs the rows that the filter meets to a
+// ring of rows, each once, and writes out a row at a time: what it works on stays in the cache.
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "kernels.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_dwbp {
+namespace {
+
+namespace ffi = xla::ffi;
+
+// Bytes of packed rows that a task aims at: a part of the L2 cache.
+constexpr int64_t kRingBytes = 512 << 10;
+// Most bytes that one block of channels may take before the columns are tiled.
+constexpr int64_t kTileBytes = 384 << 10;
+// Columns of a tile are a multiple of this, which is one of the columns that a kernel takes at a time.
+constexpr int64_t kTileColumns = 84;
+// Scratch that a thread keeps from one call to the next.
+constexpr int64_t kKeptBytes = 2 << 20;
+// Lines that one thread multiplies in the time that it takes to wake another.
+constexpr int64_t kSmall = 1 << 14;
+// Larger filters meet a line so often that packing it, close to others, saves more than it costs.
+constexpr int64_t kInPlaceTaps = 25;
+// The filter gradient is reduced in parts, to have this many tasks, whatever the number of threads:
+// the result may not depend on it. Their sums take at most so many bytes.
+constexpr int64_t kReductionTasks = 32;
+constexpr int64_t kReductionBytes = 4 << 20;
+constexpr int64_t kReductionBlocks = 4;
+// A running sum has at most so many columns, and so many rows are added up before they join others.
+constexpr int64_t kReductionColumns = 128;
+constexpr int64_t kReductionRows = 32;
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t FloorDiv(int64_t a, int64_t b) { return a / b - (a % b < 0); }
+// Planes an odd number of lines apart don't compete for the same sets of the L1 cache.
+int64_t Odd(int64_t lines) { return lines | 1; }
+
+// ---------------------------------------------------------------------------------------------------
+// What meets what along one axis.
+
+struct AxisTap {
+  int64_t k;           // in the filter
+  int64_t phase;       // the index of the phase that it reads
+  int64_t offset;      // reads t + offset of the phase to write t
+  int64_t begin, end;  // the t that meet more than padding, as far as there are such t
+  int64_t next;        // the index of the tap that reads the same to write t + 1, or -1
+  bool is_next;        // of another tap
+
+  bool Meets(int64_t t) const { return begin <= t && t < end; }
+};
+
+struct Axis {
+  int64_t read_size, write_size;
+  int64_t read_step = 1, write_step = 1;  // from one element of a phase to the next
+  std::vector<int64_t> phases{};            // that are read
+  std::vector<std::vector<AxisTap>> taps{};  // for each phase that is written
+  int64_t first = 0, last = 0;            // the extreme offsets
+
+  // The t of the phase with the most of them, and those of one phase before `end`.
+  int64_t Count() const { return CeilDiv(write_size, write_step); }
+  int64_t Count(int64_t phase, int64_t end) const {
+    return std::min(end, CeilDiv(write_size - phase, write_step));
+  }
+  int64_t Span() const { return last - first; }
+
+  void Add(int64_t write_phase, int64_t k, int64_t offset, int64_t read_phase) {
+    AxisTap tap{};
+    tap.k = k;
+    tap.offset = offset;
+    tap.next = -1;
+    tap.begin = -offset;
+    tap.end = CeilDiv(read_size - read_phase, read_step) - offset;
+    const int64_t end = std::min(tap.end, Count(write_phase, write_size));
+    if (std::max<int64_t>(tap.begin, 0) >= end) return;
+    const bool is_first = phases.empty();
+    first = is_first ? tap.offset : std::min(first, tap.offset);
+    last = is_first ? tap.offset : std::max(last, tap.offset);
+    const auto found = std::find(phases.begin(), phases.end(), read_phase);
+    tap.phase = found - phases.begin();
+    if (found == phases.end()) phases.push_back(read_phase);
+    std::vector<AxisTap>& others = taps[write_phase];
+    for (size_t i = 0; i < others.size(); ++i) {
+      AxisTap& other = others[i];
+      if (other.phase != tap.phase) continue;
+      if (other.offset == tap.offset + 1) {
+        other.next = others.size();
+        tap.is_next = true;
+      } else if (other.offset == tap.offset - 1) {
+        tap.next = i;
+        other.is_next = true;
+      }
+    }
+    others.push_back(tap);
+  }
+};
+
+struct Window {
+  int64_t kernel, stride, low, dilation;
+};
+
+// y[p] = sum over k of x[stride * p - low + dilation * k] * f[k]
+Axis ForwardAxis(int64_t in, int64_t out, const Window& window) {
+  Axis axis{in, out};
+  axis.read_step = window.stride;
+  axis.taps.resize(1);
+  for (int64_t k = 0; k < window.kernel; ++k) {
+    const int64_t distance = window.dilation * k - window.low;
+    const int64_t offset = FloorDiv(distance, window.stride);
+    axis.Add(0, k, offset, distance - offset * window.stride);
+  }
+  return axis;
+}
+
+// x[h] = sum over k of y[(h + low - dilation * k) / stride] * f[k] where the division is exact
+Axis TransposedAxis(int64_t in, int64_t out, const Window& window) {
+  Axis axis{out, in};
+  axis.write_step = window.stride;
+  axis.taps.resize(std::min(window.stride, in));
+  for (int64_t k = 0; k < window.kernel; ++k) {
+    const int64_t distance = window.dilation * k - window.low;
+    const int64_t phase = distance - FloorDiv(distance, window.stride) * window.stride;
+    if (phase < in) axis.Add(phase, k, -FloorDiv(distance, window.stride), 0);
+  }
+  return axis;
+}
+
+// The taps of a row of the filter, for columns from t = `start` on, where read(tap) is where they read.
+template <typename Read>
+std::vector<Tap> TapsFrom(const Axis& columns, int64_t phase, int64_t start, const Read& read) {
+  std::vector<Tap> taps;
+  for (const AxisTap& tap : columns.taps[phase]) {
+    taps.push_back({read(tap), tap.k, tap.begin - start, tap.end - start});
+  }
+  std::sort(taps.begin(), taps.end(), [](const Tap& a, const Tap& b) { return a.read < b.read; });
+  return taps;
+}
+
+// ---------------------------------------------------------------------------------------------------
+// Memory.
+
+// An array of the caller, [G,N,H,W,D] or [G,N,D,H,W]. Steps are in elements.
+struct Tensor {
+  char* data;
+  int64_t problem, image, row, column, depth;
+
+  Tensor(void* data, const int64_t* sizes, bool channels_first)
+      : data(static_cast<char*>(data)),
+        problem(sizes[1] * sizes[2] * sizes[3] * sizes[4]),
+        image(sizes[2] * sizes[3] * sizes[4]),
+        row(channels_first ? sizes[4] : sizes[3] * sizes[4]),
+        column(channels_first ? 1 : sizes[4]),
+        depth(channels_first ? sizes[3] * sizes[4] : 1) {}
+};
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+// What a thread works in.
+struct Scratch {
+  std::unique_ptr<void, Free> memory;
+  int64_t capacity = 0;
+  std::vector<int64_t> held;  // for each slot of a ring, what it holds
+  std::vector<const char*> rows;
+  std::vector<const Line*> weights[2];
+  std::vector<Line*> sums;
+  int64_t filter = -1;  // whose weights are packed
+
+  Line* Lines(int64_t count) {
+    if (count > capacity) {
+      memory.reset();
+      memory.reset(std::aligned_alloc(sizeof(Line), count * sizeof(Line)));
+      capacity = memory ? count : 0;
+    }
+    return static_cast<Line*>(memory.get());
+  }
+  void Trim() {
+    if (capacity * static_cast<int64_t>(sizeof(Line)) <= kKeptBytes) return;
+    memory.reset();
+    capacity = 0;
+  }
+};
+
+// A large array that was just allocated has no pages yet. Huge ones are there ten times as fast.
+void PreferHugePages(char* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr int64_t kPage = 2 << 20;
+  const int64_t start = CeilDiv(reinterpret_cast<int64_t>(data), kPage) * kPage;
+  const int64_t end = (reinterpret_cast<int64_t>(data) + bytes) / kPage * kPage;
+  if (end - start >= 4 * kPage) {
+    madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
+  }
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------
+// Threads.
+
+struct Loop {
+  std::atomic<int64_t> next{0}, done{0};
+  std::mutex mutex;
+  std::condition_variable finished;
+};
+
+// Runs body(scratch, i) for all i below `count`, on this thread and on idle ones of XLA's pool. False if
+// there was no memory for a thread's scratch.
+template <typename Body>
+bool ParallelFor(ffi::ThreadPool& pool, int64_t threads, int64_t count, int64_t lines,
+                 const Body& body) {
+  auto loop = std::make_shared<Loop>();
+  std::atomic<bool> failed{false};
+  // A helper that comes late finds nothing left to do, and no longer looks at what this call owns.
+  const auto work = [loop, count, lines, &body, &failed] {
+    int64_t i = loop->next.fetch_add(1);
+    if (i >= count) return;
+    static thread_local Scratch scratch;
+    scratch.filter = -1;
+    const bool has_memory = scratch.Lines(lines) != nullptr;
+    int64_t ran = 0;
+    for (; i < count; i = loop->next.fetch_add(1), ++ran) {
+      if (has_memory) {
+        body(scratch, i);
+      } else {
+        failed = true;
+      }
+    }
+    scratch.Trim();
+    if (loop->done.fetch_add(ran) + ran == count) {
+      std::lock_guard<std::mutex> lock(loop->mutex);
+      loop->finished.notify_one();
+    }
+  };
+  for (int64_t helper = 1; helper < std::min(threads, count); ++helper) {
+    pool.Schedule([work] { work(); });
+  }
+  work();
+  // The others finish at about the same time, so it may not be worth going to sleep.
+  for (int spin = 0; spin < 2000 && loop->done.load() < count; ++spin) {
+#ifdef JAX_DWBP_X86
+    __builtin_ia32_pause();
+#endif
+  }
+  std::unique_lock<std::mutex> lock(loop->mutex);
+  loop->finished.wait(lock, [&] { return loop->done.load() >= count; });
+  return !failed;
+}
+
+// ---------------------------------------------------------------------------------------------------
+// The rows that are read, in a ring.
+
+struct Ring {
+  const Kernels& kernels;
+  const Axis &rows, &columns;
+  const Tensor& tensor;
+  int64_t multiplier;
+  int64_t tile;        // columns that are written at a time, of each phase
+  int64_t width;       // lines of one phase of a row
+  int64_t row_lines;   // lines of a row
+  int64_t slots;       // rows of each phase
+  int64_t plane;       // lines of a block of channels
+  int64_t block;       // lines of a block of channels, with all its multiples
+
+  Ring(const Kernels& kernels, const Axis& rows, const Axis& columns, const Tensor& tensor,
+       int64_t multiplier, int64_t most_columns)
+      : kernels(kernels), rows(rows), columns(columns), tensor(tensor), multiplier(multiplier) {
+    slots = std::min(rows.Span() + kernels.rows, CeilDiv(rows.read_size, rows.read_step));
+    const int64_t phase_rows = multiplier * slots * rows.phases.size() * columns.phases.size();
+    const int64_t fitting = kTileBytes / 64 / std::max<int64_t>(phase_rows, 1) - columns.Span();
+    tile = std::min(columns.Count(), most_columns);
+    if (fitting < tile) {
+      tile = std::min(tile, std::max<int64_t>(fitting / kTileColumns, 1) * kTileColumns);
+    }
+    width = tile + columns.Span();
+    row_lines = columns.phases.size() * width;
+    plane = Odd(slots * rows.phases.size() * row_lines);
+    block = multiplier * plane;
+  }
+
+  int64_t Tiles() const { return CeilDiv(columns.Count(), tile); }
+  int64_t BlockBytes() const { return block * sizeof(Line); }
+
+  // Bytes from a row's first line to the first that `tap` reads.
+  int64_t Read(const AxisTap& tap) const {
+    return (tap.phase * width + tap.offset - columns.first) * sizeof(Line);
+  }
+
+  void Clear(Scratch& scratch) const {
+    scratch.held.assign(slots * rows.phases.size(), -1);
+  }
+
+  // What `tap` reads to write row t of an image, packed if it is not there yet.
+  const char* Row(Scratch& scratch, Line* lines, const AxisTap& tap, int64_t t, int64_t start,
+                  const char* image, int64_t channels) const {
+    const int64_t position = t + tap.offset;
+    const int64_t slot = position % slots * rows.phases.size() + tap.phase;
+    lines += slot * row_lines;
+    if (scratch.held[slot] != position) {
+      scratch.held[slot] = position;
+      const int64_t row = position * rows.read_step + rows.phases[tap.phase];
+      kernels.pack({const_cast<char*>(image) + row * tensor.row * kernels.element_size, lines, plane,
+                    channels, multiplier, tensor.column, tensor.depth},
+                   {columns.phases.data(), static_cast<int64_t>(columns.phases.size()),
+                    columns.read_step, start + columns.first, width, columns.read_size});
+    }
+    return reinterpret_cast<const char*>(lines);
+  }
+};
+
+// Rows of an array of the caller that are read in place.
+struct InPlace {
+  const Axis &rows, &columns;
+  const Tensor& tensor;
+  int64_t element_size;
+
+  int64_t ColumnBytes() const { return columns.read_step * tensor.column * element_size; }
+  const char* Row(const AxisTap& tap, int64_t t, const char* image) const {
+    const int64_t row = (t + tap.offset) * rows.read_step + rows.phases[tap.phase];
+    return image + row * tensor.row * element_size;
+  }
+  // What to fetch from below the rows that are read now, before `next` more of each phase are.
+  Ahead Next(const std::vector<const char*>& read, const char* image, int64_t start,
+             int64_t next) const {
+    if (read.empty()) return {};
+    const int64_t row_bytes = tensor.row * element_size;
+    const int64_t lowest = (*std::max_element(read.begin(), read.end()) - image) / row_bytes;
+    return {image + (lowest + 1) * row_bytes + start * ColumnBytes(),
+            std::min(next * rows.read_step, rows.read_size - 1 - lowest), row_bytes};
+  }
+  // Bytes from a row's start to what `tap` reads for column `start`.
+  int64_t Read(const AxisTap& tap, int64_t start) const {
+    const int64_t column = (start + tap.offset) * columns.read_step + columns.phases[tap.phase];
+    return column * tensor.column * element_size;
+  }
+};
+
+// Whether an array has lines that can be read and written in place.
+bool IsLines(const Kernels& kernels, const Tensor& tensor, int64_t channels, int64_t multiplier) {
+  return multiplier == 1 && tensor.depth == 1 && channels >= kernels.lanes &&
+         kernels.element_size * kernels.lanes == 64;
+}
+
+// Blocks of channels for each task, of even size.
+int64_t BlocksPerTask(int64_t blocks, int64_t block_lines, int64_t most) {
+  const int64_t fitting = std::max<int64_t>(kRingBytes / 64 / block_lines, 1);
+  return CeilDiv(blocks, CeilDiv(blocks, std::min(fitting, most)));
+}
+
+struct Sizes {
+  int64_t problems, batch, channels, multiplier, kernel_rows, kernel_columns;
+};
+
+// ---------------------------------------------------------------------------------------------------
+// The forward op and the input gradient.
+
+bool Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes, const Axis& rows,
+              const Axis& columns, const Tensor& in, int64_t in_multiplier, const Tensor& filter,
+              const Tensor& out, int64_t out_multiplier) {
+  const int64_t lanes = kernels.lanes, element = kernels.element_size;
+  const int64_t kernel = sizes.kernel_rows * sizes.kernel_columns;
+  const bool in_place = IsLines(kernels, in, sizes.channels, in_multiplier) && kernel <= kInPlaceTaps;
+  const bool out_in_place = IsLines(kernels, out, sizes.channels, out_multiplier);
+  const InPlace reader{rows, columns, in, element};
+  const Ring ring(kernels, rows, columns, in, in_multiplier, columns.Count());
+  const int64_t blocks = CeilDiv(sizes.channels, lanes);
+  const int64_t weight_plane = Odd(kernel), buffer_plane = Odd(ring.tile);
+  const int64_t buffer_lines = kernels.rows * out_multiplier * buffer_plane;
+  const int64_t block_lines = (in_place ? 0 : ring.block) + sizes.multiplier * weight_plane +
+                              (out_in_place ? 0 : buffer_lines);
+  const int64_t task_blocks = BlocksPerTask(blocks, block_lines, blocks);
+  const int64_t chunks = CeilDiv(blocks, task_blocks), tiles = ring.Tiles();
+
+  const int64_t out_rows = rows.Count();
+  int64_t taps = 0;
+  for (const auto& row_taps : rows.taps) taps += row_taps.size();
+  const int64_t work = sizes.problems * sizes.batch * blocks * sizes.multiplier * out_rows *
+                       columns.Count() * (taps * columns.taps[0].size() + 4);
+  const int64_t threads = work < kSmall ? 1 : pool.num_threads();
+  // Bands of rows pack the rows that they share twice.
+  const int64_t whole = sizes.problems * sizes.batch * chunks * tiles;
+  const int64_t turns = CeilDiv(out_rows, kernels.rows);
+  const int64_t most_bands = threads == 1 ? 1 : std::min(turns, CeilDiv(out_rows, rows.Span() + 1));
+  const int64_t bands = std::clamp<int64_t>(CeilDiv(4 * threads, whole), 1, most_bands);
+
+  const int64_t weight_lines = task_blocks * sizes.multiplier * weight_plane;
+  const int64_t ring_lines = in_place ? 0 : task_blocks * ring.block;
+  const int64_t lines =
+      weight_lines + ring_lines + (out_in_place ? 1 : task_blocks) * buffer_lines;
+
+  std::vector<std::vector<Tap>> tile_taps;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t start = tile * ring.tile;
+    for (size_t phase = 0; phase < columns.taps.size(); ++phase) {
+      tile_taps.push_back(TapsFrom(columns, phase, start, [&](const AxisTap& tap) {
+        return in_place ? reader.Read(tap, start) : ring.Read(tap);
+      }));
+    }
+  }
+
+  PreferHugePages(out.data, sizes.problems * sizes.batch * out.image * element);
+  return ParallelFor(pool, threads, whole * bands, lines, [&](Scratch& scratch, int64_t task) {
+    // The weights of a chunk of channels are packed once for all images that a thread takes.
+    const int64_t band = task % bands, tile = task / bands % tiles;
+    const int64_t image_of_chunk = task / bands / tiles;
+    const int64_t chunk = image_of_chunk / sizes.batch % chunks;
+    const int64_t problem = image_of_chunk / sizes.batch / chunks;
+    const int64_t image = problem * sizes.batch + image_of_chunk % sizes.batch;
+    Line* const weights = scratch.Lines(lines);
+    Line* const ring_start = weights + weight_lines;
+    Line* const buffer = ring_start + ring_lines;
+
+    const int64_t first_channel = chunk * task_blocks * lanes;
+    const int64_t channels = std::min(task_blocks * lanes, sizes.channels - first_channel);
+    const int64_t chunk_blocks = CeilDiv(channels, lanes);
+    // Blocks of whole lines, of which the input or the output is in place. The channels that are left
+    // are packed or, in place, done together with some before them.
+    const int64_t whole_blocks = in_place || out_in_place ? channels / lanes : 0;
+    const int64_t rest = in_place ? channels - lanes : whole_blocks * lanes;
+    const auto pack_weights = [&](int64_t block, int64_t channel, int64_t count) {
+      if (count == 0) return;
+      const int64_t zero = 0, first = first_channel + channel;
+      kernels.pack({filter.data + (problem * filter.problem + first * sizes.multiplier) * element,
+                    weights + block * sizes.multiplier * weight_plane, weight_plane, count,
+                    sizes.multiplier, sizes.channels * sizes.multiplier, 1},
+                   {&zero, 1, 1, 0, kernel, kernel});
+    };
+    if (scratch.filter != problem * chunks + chunk) {
+      scratch.filter = problem * chunks + chunk;
+      pack_weights(0, 0, whole_blocks * lanes);
+      if (whole_blocks < chunk_blocks) pack_weights(whole_blocks, rest, channels - rest);
+    }
+    ring.Clear(scratch);
+    const char* const in_image =
+        in.data + (image * in.image + first_channel * in_multiplier * in.depth) * element;
+    char* const out_image =
+        out.data + (image * out.image + first_channel * out_multiplier * out.depth) * element;
+    const int64_t start = tile * ring.tile;
+
+    // Bands start where a kernel's turn starts, so that each row is summed alike with any of them.
+    const int64_t begin = band * turns / bands * kernels.rows;
+    const int64_t end = std::min((band + 1) * turns / bands * kernels.rows, out_rows);
+    for (int64_t t = begin; t < end; t += kernels.rows) {
+      for (size_t row_phase = 0; row_phase < rows.taps.size(); ++row_phase) {
+        const int64_t out_row = t * rows.write_step + row_phase;
+        if (out_row >= rows.write_size) break;
+        const std::vector<AxisTap>& row_taps = rows.taps[row_phase];
+        const bool two = kernels.rows == 2 && out_row + rows.write_step < rows.write_size;
+
+        scratch.rows.clear();
+        for (auto& row_weights : scratch.weights) row_weights.clear();
+        const auto meet = [&](const AxisTap& tap, int64_t t, int64_t next_k) {
+          if (!tap.Meets(t)) return;
+          const char* const row =
+              in_place ? reader.Row(tap, t, in_image)
+                       : ring.Row(scratch, ring_start, tap, t, start, in_image, channels);
+          for (int64_t m = 0; m < in_multiplier; ++m) {
+            const Line* const first = weights + m * weight_plane;
+            scratch.rows.push_back(row + m * ring.plane * sizeof(Line));
+            scratch.weights[0].push_back(first + tap.k * sizes.kernel_columns);
+            scratch.weights[1].push_back(first + next_k * sizes.kernel_columns);
+          }
+        };
+        for (const AxisTap& tap : row_taps) {
+          if (!two || tap.next < 0) meet(tap, t, tap.k);
+        }
+        const int64_t both_begin = scratch.rows.size();
+        for (const AxisTap& tap : row_taps) {
+          if (two && tap.next >= 0) meet(tap, t, row_taps[tap.next].k);
+        }
+        const int64_t both_end = scratch.rows.size();
+        for (const AxisTap& tap : row_taps) {
+          if (two && !tap.is_next) meet(tap, t + 1, tap.k);
+        }
+        const int64_t row_count = scratch.rows.size();
+        const Ahead ahead =
+            in_place ? reader.Next(scratch.rows, in_image, start, kernels.rows) : Ahead{};
+
+        const auto move = [&](int64_t row_bytes, int64_t weight_lines) {
+          for (const char*& row : scratch.rows) row += row_bytes;
+          for (auto& row_weights : scratch.weights) {
+            for (const Line*& row : row_weights) row += weight_lines;
+          }
+        };
+        for (size_t phase = 0; phase < columns.taps.size(); ++phase) {
+          const int64_t count = columns.Count(phase, start + ring.tile) - start;
+          if (count <= 0) break;
+          const int64_t column = start * columns.write_step + phase;
+          char* const to = out_image + (out_row * out.row + column * out.column) * element;
+          const int64_t next_row = rows.write_step * out.row * element;
+          const int64_t out_step = columns.write_step * out.column;
+
+          const std::vector<Tap>& column_taps = tile_taps[tile * columns.taps.size() + phase];
+          const int64_t line = sizeof(Line);
+
+          const auto convolve = [&](int64_t block, int64_t end, int64_t channel, bool out_in_place) {
+            if (block == end) return;
+            const int64_t skipped = in_place ? channel * element : block * ring.BlockBytes();
+            const int64_t skipped_weights = block * sizes.multiplier * weight_plane;
+            move(skipped, skipped_weights);
+            Convolution conv{{scratch.rows.data(), row_count,
+                              in_place ? reader.ColumnBytes() : line,
+                              in_place ? in.column * element : line,
+                              in_place ? line : ring.BlockBytes(), !in_place,
+                              phase == 0 ? ahead : Ahead{}},
+                             {scratch.weights[0].data(), scratch.weights[1].data()},
+                             both_begin,
+                             both_end,
+                             column_taps.data(),
+                             static_cast<int64_t>(column_taps.size()),
+                             count,
+                             {},
+                             out_in_place ? out_step * element : line,
+                             end - block,
+                             sizes.multiplier * weight_plane,
+                             (out_in_place ? 1 : out_multiplier * buffer_plane) * line};
+            char* const result = to + channel * out_multiplier * out.depth * element;
+            for (int64_t m = 0; m < out_multiplier; ++m) {
+              for (int i = 0; i <= two; ++i) {
+                Line* const lines = buffer + (i * conv.blocks * out_multiplier + m) * buffer_plane;
+                conv.out[i] = out_in_place ? result + i * next_row : reinterpret_cast<char*>(lines);
+              }
+              kernels.convolve(conv);
+              move(0, weight_plane);
+            }
+            move(-skipped, -skipped_weights - out_multiplier * weight_plane);
+            for (int i = 0; i <= two && !out_in_place; ++i) {
+              kernels.emit({result + i * next_row,
+                            buffer + i * conv.blocks * out_multiplier * buffer_plane, buffer_plane,
+                            std::min(channels - channel, conv.blocks * lanes), out_multiplier,
+                            out_step, out.depth},
+                           count);
+            }
+          };
+          convolve(0, whole_blocks, 0, out_in_place);
+          convolve(whole_blocks, chunk_blocks, rest, in_place && out_in_place);
+        }
+      }
+    }
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------
+// The filter gradient.
+
+bool Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes, const Axis& rows,
+               const Axis& columns, const Tensor& in, const Tensor& dy, const Tensor& out) {
+  const int64_t lanes = kernels.lanes, element = kernels.element_size, m_count = sizes.multiplier;
+  const bool in_place = IsLines(kernels, in, sizes.channels, 1);
+  const bool dy_in_place = IsLines(kernels, dy, sizes.channels, m_count);
+  const InPlace reader{rows, columns, in, element};
+  const Ring ring(kernels, rows, columns, in, 1, kReductionColumns);
+  const int64_t kernel = sizes.kernel_rows * sizes.kernel_columns, sum_plane = Odd(kernel);
+  const int64_t dy_plane = Odd(ring.tile), tiles = ring.Tiles();
+  const int64_t blocks = CeilDiv(sizes.channels, lanes);
+  const int64_t block_lines = (in_place ? 0 : ring.block) +
+                              m_count * ((dy_in_place ? 0 : dy_plane) + sum_plane);
+  const int64_t task_blocks =
+      BlocksPerTask(blocks, block_lines, in_place && dy_in_place ? blocks : kReductionBlocks);
+  const int64_t chunks = CeilDiv(blocks, task_blocks);
+
+  // Fixed by the shapes alone, as is the order of all sums.
+  const int64_t dy_rows = rows.Count(), all_rows = sizes.batch * dy_rows;
+  const int64_t sum_lines = sizes.problems * blocks * m_count * sum_plane;  // of one part
+  const int64_t most_parts = std::max<int64_t>(1, kReductionBytes / 64 / sum_lines);
+  const int64_t wanted = CeilDiv(kReductionTasks, sizes.problems * chunks);
+  const int64_t parts = std::min({wanted, most_parts, CeilDiv(all_rows, 4 * (rows.Span() + 1))});
+  std::unique_ptr<void, Free> memory(std::aligned_alloc(64, parts * sum_lines * sizeof(Line)));
+  Line* const sums = static_cast<Line*>(memory.get());
+  if (!sums) return false;
+
+  std::vector<std::vector<Tap>> tile_taps;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t start = tile * ring.tile;
+    tile_taps.push_back(TapsFrom(columns, 0, start, [&](const AxisTap& tap) {
+      return in_place ? reader.Read(tap, start) : ring.Read(tap);
+    }));
+    for (Tap& tap : tile_taps.back()) {
+      tap.begin = std::max<int64_t>(tap.begin, 0);
+      tap.end = std::min(tap.end, columns.Count(0, start + ring.tile) - start);
+    }
+  }
+  const int64_t ring_lines = in_place ? 0 : task_blocks * ring.block;
+  const int64_t dy_lines = task_blocks * m_count * dy_plane;
+  const int64_t task_sum_lines = task_blocks * m_count * sum_plane;
+  const int64_t lines = ring_lines + dy_lines + task_sum_lines;
+  const int64_t work = sum_lines * all_rows * columns.Count();
+  const int64_t threads = work < kSmall ? 1 : pool.num_threads();
+  const int64_t tasks = sizes.problems * chunks;
+
+  const bool summed = ParallelFor(
+      pool, threads, tasks * parts, lines, [&](Scratch& scratch, int64_t task) {
+        const int64_t chunk = task % chunks, part = task / chunks % parts;
+        const int64_t problem = task / chunks / parts;
+        Line* const ring_start = scratch.Lines(lines);
+        Line* const packed_dy = ring_start + ring_lines;
+        Line* const sum = packed_dy + dy_lines;
+        const int64_t first_channel = chunk * task_blocks * lanes;
+        const int64_t channels = std::min(task_blocks * lanes, sizes.channels - first_channel);
+        const int64_t chunk_blocks = CeilDiv(channels, lanes);
+        // Blocks of whole lines, of which the input or dy is in place. The channels that are left are
+        // packed or, where the input is in place, done together with some before them.
+        const int64_t whole_blocks = in_place || dy_in_place ? channels / lanes : 0;
+        const int64_t rest = in_place ? channels - lanes : whole_blocks * lanes;
+        Line* const total = sums + part * sum_lines +
+                            (problem * blocks + chunk * task_blocks) * m_count * sum_plane;
+        const int64_t count_of_sums = chunk_blocks * m_count * sum_plane;
+        std::fill_n(sum, count_of_sums, Line{});
+        std::fill_n(total, count_of_sums, Line{});
+
+        int64_t rows_summed = 0;
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          const int64_t start = tile * ring.tile;
+          const int64_t count = columns.Count(0, start + ring.tile) - start;
+          int64_t held_image = -1;
+          for (int64_t i = part * all_rows / parts; i < (part + 1) * all_rows / parts; ++i) {
+            const int64_t image = problem * sizes.batch + i / rows.Count(), t = i % rows.Count();
+            if (image != held_image) {
+              held_image = image;
+              ring.Clear(scratch);
+            }
+            const char* const in_image =
+                in.data + (image * in.image + first_channel * in.depth) * element;
+            const char* const dy_row =
+                dy.data + (image * dy.image + t * dy.row + start * dy.column +
+                           first_channel * m_count * dy.depth) *
+                              element;
+            scratch.rows.clear();
+            scratch.sums.clear();
+            for (const AxisTap& tap : rows.taps[0]) {
+              if (!tap.Meets(t)) continue;
+              scratch.rows.push_back(
+                  in_place ? reader.Row(tap, t, in_image)
+                           : ring.Row(scratch, ring_start, tap, t, start, in_image, channels));
+              scratch.sums.push_back(sum + tap.k * sizes.kernel_columns);
+            }
+            if (scratch.sums.empty()) continue;
+            const int64_t line = sizeof(Line), row_count = scratch.rows.size();
+            const Ahead ahead =
+                in_place ? reader.Next(scratch.rows, in_image, start, 1) : Ahead{};
+
+            const auto correlate = [&](int64_t block, int64_t end, int64_t channel,
+                                       bool dy_in_place) {
+              if (block == end) return;
+              const int64_t skipped = in_place ? channel * element : block * ring.BlockBytes();
+              for (const char*& row : scratch.rows) row += skipped;
+              for (Line*& row : scratch.sums) row += block * m_count * sum_plane;
+              const char* const dy_start = dy_row + channel * m_count * dy.depth * element;
+              if (!dy_in_place) {
+                const int64_t zero = 0;
+                kernels.pack({const_cast<char*>(dy_start), packed_dy, dy_plane,
+                              std::min(channels - channel, (end - block) * lanes), m_count,
+                              dy.column, dy.depth},
+                             {&zero, 1, 1, 0, count, count});
+              }
+              for (int64_t m = 0; m < m_count; ++m) {
+                const char* const dy_of_multiple =
+                    dy_in_place ? dy_start
+                                : reinterpret_cast<const char*>(packed_dy + m * dy_plane);
+                kernels.correlate(
+                    {{scratch.rows.data(), row_count, in_place ? reader.ColumnBytes() : line,
+                      in_place ? in.column * element : line, in_place ? line : ring.BlockBytes(),
+                      !in_place, m == 0 ? ahead : Ahead{}},
+                     {&dy_of_multiple, 1,
+                      dy_in_place ? dy.column * element : line,
+                      dy_in_place ? dy.column * element : line,
+                      dy_in_place ? line : m_count * dy_plane * line, !dy_in_place,
+                      {dy_start + dy.row * element, dy_in_place && t + 1 < dy_rows, 0}},
+                     scratch.sums.data(), tile_taps[tile].data(),
+                     static_cast<int64_t>(tile_taps[tile].size()), count, end - block,
+                     m_count * sum_plane});
+                for (Line*& row : scratch.sums) row += sum_plane;
+              }
+              for (Line*& row : scratch.sums) row -= (block + 1) * m_count * sum_plane;
+              for (const char*& row : scratch.rows) row -= skipped;
+            };
+            correlate(0, whole_blocks, 0, dy_in_place);
+            correlate(whole_blocks, chunk_blocks, rest, in_place && dy_in_place);
+            if (++rows_summed % kReductionRows == 0) {
+              kernels.add(total, sum, count_of_sums);
+              std::fill_n(sum, count_of_sums, Line{});
+            }
+          }
+        }
+        kernels.add(total, sum, count_of_sums);
+      });
+  if (!summed) return false;
+  return ParallelFor(pool, threads, tasks, 1, [&](Scratch&, int64_t task) {
+    const int64_t chunk = task % chunks, problem = task / chunks;
+    const int64_t first_channel = chunk * task_blocks * lanes;
+    const int64_t channels = std::min(task_blocks * lanes, sizes.channels - first_channel);
+    Line* const sum = sums + (problem * blocks + chunk * task_blocks) * m_count * sum_plane;
+    const int64_t count = CeilDiv(channels, lanes) * m_count * sum_plane;
+    for (int64_t step = 1; step < parts; step *= 2) {
+      for (int64_t part = 0; part + step < parts; part += 2 * step) {
+        kernels.add(sum + part * sum_lines, sum + (part + step) * sum_lines, count);
+      }
+    }
+    const int64_t whole_blocks = in_place ? channels / lanes : 0;
+    const int64_t rest = in_place ? channels - lanes : 0;
+    const auto emit = [&](int64_t block, int64_t channel, int64_t count) {
+      if (count == 0) return;
+      kernels.emit({out.data + (problem * out.problem + (first_channel + channel) * m_count) * element,
+                    sum + block * m_count * sum_plane, sum_plane, count, m_count,
+                    sizes.channels * m_count, 1},
+                   kernel);
+    };
+    emit(0, 0, whole_blocks * lanes);
+    if (whole_blocks * lanes < channels) emit(whole_blocks, rest, channels - rest);
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------
+// What XLA calls.
+
+const Kernels* KernelsFor(ffi::DataType dtype) {
+  Type type;
+  switch (dtype) {
+    case ffi::F16:
+      type = Type::kFloat16;
+      break;
+    case ffi::BF16:
+      type = Type::kBFloat16;
+      break;
+    case ffi::F32:
+      type = Type::kFloat32;
+      break;
+    case ffi::F64:
+      type = Type::kFloat64;
+      break;
+    default:
+      return nullptr;
+  }
+#ifdef JAX_DWBP_X86
+  // For tests, and to find out what an instruction set is worth.
+  static const std::string most = [] {
+    const char* value = std::getenv("JAX_DWBP_MAX_ISA");
+    return std::string(value ? value : "");
+  }();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2 && avx512 && most != "avx2" && most != "baseline") return &Avx512Kernels(type);
+  if (avx2 && most != "baseline") return &Avx2Kernels(type);
+#endif
+  return &BaselineKernels(type);
+}
+
+enum Op : int64_t { kForward, kInputGrad, kFilterGrad };
+
+ffi::Error Run(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b,
+               ffi::Result<ffi::AnyBuffer> result, int64_t op,
+               ffi::Span<const int64_t> window_strides, ffi::Span<const int64_t> low,
+               ffi::Span<const int64_t> rhs_dilation, bool channels_first) {
+  const Kernels* kernels = KernelsFor(a.element_type());
+  const size_t rank = a.dimensions().size();
+  if (!kernels || op < kForward || op > kFilterGrad || rank < 4 || rank > 5 ||
+      b.dimensions().size() != rank || result->dimensions().size() != rank) {
+    return ffi::Error::InvalidArgument("operands must be 4- or 5-dimensional arrays of floats");
+  }
+  const ffi::AnyBuffer &x = op == kInputGrad ? *result : a;
+  const ffi::AnyBuffer &f = op == kForward ? b : op == kInputGrad ? a : *result;
+  const ffi::AnyBuffer &y = op == kForward ? *result : b;
+  // With an axis of problems, be it one of size 1.
+  int64_t xs[5] = {1}, fs[5] = {1}, ys[5] = {1};
+  std::copy(x.dimensions().begin(), x.dimensions().end(), xs + 5 - rank);
+  std::copy(f.dimensions().begin(), f.dimensions().end(), fs + 5 - rank);
+  std::copy(y.dimensions().begin(), y.dimensions().end(), ys + 5 - rank);
+  const int height = channels_first ? 3 : 2;
+  const Sizes sizes{xs[0], xs[1], fs[3], fs[4], fs[1], fs[2]};
+  Axis axes[2];
+  for (int i = 0; i < 2; ++i) {
+    const Window window{fs[1 + i], window_strides[i], low[i], rhs_dilation[i]};
+    axes[i] = (op == kInputGrad ? TransposedAxis : ForwardAxis)(xs[height + i], ys[height + i], window);
+  }
+  const Tensor xt(x.untyped_data(), xs, channels_first), yt(y.untyped_data(), ys, channels_first);
+  const Tensor ft(f.untyped_data(), fs, false);
+  const bool ok =
+      op == kForward
+          ? Convolve(pool, *kernels, sizes, axes[0], axes[1], xt, 1, ft, yt, sizes.multiplier)
+      : op == kInputGrad
+          ? Convolve(pool, *kernels, sizes, axes[0], axes[1], yt, sizes.multiplier, ft, xt, 1)
+          : Correlate(pool, *kernels, sizes, axes[0], axes[1], xt, yt, ft);
+  return ok ? ffi::Error::Success()
+            : ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for the scratch of a thread");
+}
+
+}  // namespace
+}  // namespace jax_dwbp
+
+extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* jax_dwbp_depthwise_conv2d(
+    XLA_FFI_CallFrame*);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_dwbp_depthwise_conv2d, jax_dwbp::Run,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<int64_t>("op")
+                                  .Attr<xla::ffi::Span<const int64_t>>("window_strides")
+                                  .Attr<xla::ffi::Span<const int64_t>>("low")
+                                  .Attr<xla::ffi::Span<const int64_t>>("rhs_dilation")
+                                  .Attr<bool>("channels_first"));

@@ -1,0 +1,90 @@
+"""A C++ kernel, called through `jax.ffi`; native/native_cpu.cc says how it works.
+
+It is compiled when the package is installed, for all instruction sets that it has code for, and
+takes the best one that the CPU has. Operands have either layout, and an axis of problems or not.
+"""
+
+import ctypes
+import functools
+import importlib.metadata
+
+import jax
+import numpy as np
+
+from jax_dwbp._spec import OPERANDS, ConvSpec, Op
+
+_TARGET = "jax_dwbp_depthwise_conv2d"
+_LIBRARY = "jax_dwbp/_impl/_native_cpu.so"
+# What a thread may pack at a time; layers of networks need less than 2**20.
+_MAX_SCRATCH = 2**23
+_LINE = 64
+_TILE = 128  # columns, at most, if more don't fit
+
+
+def unsupported(op: Op, spec: ConvSpec, platform: str | None) -> str | None:
+    if platform not in (None, "cpu"):
+        return "it runs on a CPU"
+    if reason := _load():
+        return reason
+    if _scratch(op, spec) > _MAX_SCRATCH:
+        return (
+            f"the rows that a dilated filter meets may take at most {_MAX_SCRATCH} bytes for each "
+            f"16 channels, got a filter of {spec.kernel_spatial} with dilations {spec.rhs_dilation}"
+            f" and a depth multiplier of {spec.multiplier}"
+        )
+    return None
+
+
+def forward(spec: ConvSpec, x: jax.Array, f: jax.Array) -> jax.Array:
+    return _call("forward", spec, x, f)
+
+
+def input_grad(spec: ConvSpec, f: jax.Array, dy: jax.Array) -> jax.Array:
+    return _call("input_grad", spec, f, dy)
+
+
+def filter_grad(spec: ConvSpec, x: jax.Array, dy: jax.Array) -> jax.Array:
+    return _call("filter_grad", spec, x, dy)
+
+
+@functools.cache
+def _load() -> str | None:
+    """Loads and registers the library, or says why not."""
+    try:
+        path = importlib.metadata.distribution("jax_dwbp").locate_file(_LIBRARY)
+        library = ctypes.CDLL(str(path))
+    except importlib.metadata.PackageNotFoundError:
+        return "the package is not installed, so its library was not compiled"
+    except OSError as error:
+        return f"its library was not compiled when the package was installed: {error}"
+    handler = jax.ffi.pycapsule(getattr(library, _TARGET))
+    jax.ffi.register_ffi_target(_TARGET, handler, platform="cpu")
+    return None
+
+
+def _scratch(op: Op, spec: ConvSpec) -> int:
+    """A bound of the bytes that a thread packs for one line of channels."""
+    spans = []
+    for size, kernel, out, stride, _, dilation in spec.axes():
+        phases = 1 if op == "input_grad" else min(stride, kernel)
+        positions = out if op == "input_grad" else -(-size // stride)
+        written = -(-size // stride) if op == "input_grad" else out
+        reach = (kernel - 1) * dilation // stride + 2
+        spans.append((phases * min(reach, positions), phases * (min(written, _TILE) + reach)))
+    (rows, _), (_, columns) = spans
+    r, s = spec.kernel_spatial
+    packed = spec.multiplier if op == "input_grad" else 1
+    return _LINE * (packed * rows * columns + spec.multiplier * (r * s + _TILE))
+
+
+def _call(op: Op, spec: ConvSpec, a: jax.Array, b: jax.Array) -> jax.Array:
+    result = jax.ShapeDtypeStruct(spec.result_shape(op, a.shape, b.shape), a.dtype)
+    return jax.ffi.ffi_call(_TARGET, result)(
+        a,
+        b,
+        op=np.int64(list(OPERANDS).index(op)),
+        window_strides=np.array(spec.window_strides, np.int64),
+        low=np.array([low for low, _ in spec.padding], np.int64),
+        rhs_dilation=np.array(spec.rhs_dilation, np.int64),
+        channels_first=spec.data_format == "NCHW",
+    )

@@ -1,0 +1,313 @@
+"""`python -m jax_dwbp.bench`: its tables and files, its checks of results, and its errors."""
+
+import importlib.util
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from cases import DEFAULT_ON_CPU, DTYPES, IMPLEMENTATIONS
+
+from jax_dwbp import _dispatch, bench
+
+LAYERS = bench.LAYERS
+TINY = (
+    bench.Layer("plain", 5, 6, 3, 1, (3, 3), 1, ((1, 1), (1, 1))),
+    bench.Layer("strided", 8, 7, 2, 1, (5, 5), 2, ((2, 2), (2, 2))),
+    bench.Layer("multiplied", 5, 6, 3, 2, (3, 3), 1, ((1, 1), (1, 1))),
+    bench.Layer("causal", 1, 12, 3, 1, (1, 4), 1, ((0, 0), (3, 0))),
+)
+# A skip would be taken for a test that is missing: PyTorch is not among what the tests need.
+PEERS = [name for name, (package, _) in bench._PEERS.items() if importlib.util.find_spec(package)]
+
+
+@pytest.fixture(autouse=True)
+def tiny(tmp_path, monkeypatch):
+    """Layers that cost no time, a rate that costs none, and a directory for files."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "LAYERS", TINY)
+    monkeypatch.setattr(bench, "_fma_rate", lambda: 1e11)
+
+
+def run(*arguments):
+    """The exit status, with one call of each contestant and no peers unless told otherwise."""
+    return bench.main(["bench", "--peers=", "--blocks=1", "--block_seconds=0", *arguments])
+
+
+def figures():
+    return json.loads(Path("speed.json").read_text())
+
+
+def test_layers():
+    assert len({layer.name for layer in LAYERS}) == len(LAYERS)
+    for layer in LAYERS:
+        problem = bench._Problem(layer, "forward", 1, "float32")
+        sizes = (layer.height, layer.width)
+        assert problem.output == tuple(-(-size // layer.stride) for size in sizes)
+        assert all(low >= high for low, high in layer.padding)
+    [strided] = [layer for layer in LAYERS if layer.name == "efficientnet-b0 56x56x144 k5 s2"]
+    assert strided == bench.Layer(strided.name, 56, 56, 144, 1, (5, 5), 2, ((2, 2), (2, 2)))
+
+
+def test_figures(capsys):
+    ops, layers = ("filter_grad", "step"), ("plain", "causal")
+    assert run("--batch=1,2", "--ops=filter_grad,step", "--filter=n$|sal", "--json=speed.json") == 0
+    found = figures()
+    assert found["meta"]["mismatches"] == []
+    assert found["meta"]["versions"]["jax"] == jax.__version__
+    contestants = ("default", *IMPLEMENTATIONS, "copy")
+    assert sorted((r["op"], r["batch"], r["layer"], r["contestant"]) for r in found["rows"]) == (
+        sorted(itertools.product(ops, (1, 2), layers, contestants))
+    )
+    for row in found["rows"]:
+        assert row["dtype"] == "float32"
+        assert 0 < row["low"] <= row["median"] <= row["high"]
+        assert row["calls"] >= 1
+        assert row["compile_seconds"] > 0
+        assert row["temp_bytes"] >= 0
+        if row["contestant"] == "default":
+            assert row["runs"] == [DEFAULT_ON_CPU] * (3 if row["op"] == "step" else 1)
+        # 5x6x3 read and written, 3x3x3 read; 5x6x3 sums of 3x3.
+        if (row["op"], row["layer"], row["batch"]) == ("filter_grad", "plain", 1):
+            assert (row["bytes"], row["multiply_adds"]) == (4 * (90 + 90 + 27), 90 * 9)
+
+    out, err = capsys.readouterr()
+    assert len(err.splitlines()) == 8
+    assert "\n### step, batch 2, in milliseconds\n" in out
+    tables = [line.split(" | ") for line in out.splitlines() if line.startswith("| plain ")]
+    assert [len(row) for row in tables] == [len(IMPLEMENTATIONS) + 6] * 4 + [
+        len(IMPLEMENTATIONS) + 5
+    ] * 4
+    assert len(re.findall(r"\nlax / default: [\d.]+, the geometric mean of 2\n", out)) == 4
+    assert "best peer / default: " not in out
+
+
+def test_first_implementation_is_the_one_of_the_ratios(capsys):
+    assert run("--filter=^(?!strided)", "--ops=step", "--implementations=lax,default") == 0
+    out = capsys.readouterr().out
+    assert "| layer | lax | default | copy | best peer / lax | lax / copy | lax, share of" in out
+    assert "strided" not in out
+    assert "geometric mean" not in out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes(dtype):
+    assert run("--filter=plain", "--ops=step", f"--dtype={dtype}", "--json=speed.json") == 0
+    assert {row["dtype"] for row in figures()["rows"]} == {dtype}
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_peers(peer, capsys):
+    """That they compute the same, which the benchmark checks."""
+    arguments = (f"--peers={peer}", "--implementations=lax", "--batch=2", "--json=speed.json")
+    assert run(*arguments) == 0
+    timed = [(row["op"], row["layer"]) for row in figures()["rows"] if row["contestant"] == peer]
+    assert timed == [(op, layer.name) for op in bench.OPS for layer in TINY]
+    assert capsys.readouterr().out.count("\nbest peer / lax: ") == len(bench.OPS)
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_peers_in_float64(peer):
+    arguments = ("--filter=plain", "--ops=step", "--dtype=float64", "--json=speed.json")
+    assert run(f"--peers={peer}", "--implementations=lax", *arguments) == 0
+    assert [row["contestant"] for row in figures()["rows"]] == ["lax", peer, "copy"]
+
+
+@pytest.mark.parametrize(
+    "backend, dtype", (("tpu", "float32"), ("cpu", "float16"), ("cpu", "bfloat16"))
+)
+def test_no_peers(backend, dtype, capsys, monkeypatch):
+    """On accelerators, and in the types that they would sum in."""
+    monkeypatch.setitem(bench._PEERS, "peer", ("json", bench._tensorflow))
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert bench._peers(["peer"], dtype) == []
+    expected = "without peer: they take part on a CPU in float32 and float64\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_implementation_that_can_not_run(capsys, monkeypatch):
+    wide = bench.Layer("wide", 1, 80, 2, 1, (2, 64), 1, ((1, 0), (63, 0)))
+    monkeypatch.setattr(bench, "LAYERS", (wide,))
+    assert run("--ops=forward", "--implementations=xla_taps,lax") == 0
+    out, err = capsys.readouterr()
+    assert "  without xla_taps: " in err and "at most 63 columns, got 64" in err
+    assert re.search(r"\| wide \| - \| [\d.]+ \([^)]*\) \| [^|]+ \| - \| - \| - \|\n", out)
+
+
+def test_blocks(monkeypatch):
+    """A slow contestant is called less often, and every contestant in turn."""
+    calls = []
+
+    def peer(name, seconds):
+        def call():
+            calls.append(name)
+            time.sleep(seconds)
+            return [np.zeros((2, 5, 6, 3), np.float32)]
+
+        return lambda *args: bench._Contestant(name, call, list)
+
+    monkeypatch.setattr(bench._Problem, "check", lambda *args: None)
+    peers = {name: ("json", peer(name, s)) for name, s in (("slow", 0.5), ("fast", 0.001))}
+    monkeypatch.setattr(bench, "_PEERS", peers)
+    problem = bench._Problem(TINY[0], "forward", 2, "float32")
+    cells = bench._measure(problem, ["default"], ["slow", "fast"], blocks=9, seconds=0.02)
+    assert cells["slow"]["calls"] == 4  # until 2 seconds are spent
+    assert cells["fast"]["calls"] >= 9
+    assert calls[:2] == ["slow", "fast"]
+    turns = [name for name, last in zip(calls[2:], calls[1:], strict=False) if name != last]
+    assert turns == ["slow", "fast"] * 4
+
+
+# ---- Wrong results.
+
+WRONG = {
+    "value": lambda y: y * 1.001,
+    "nan": lambda y: y.at[0, 0, 0, 0, 0].set(np.nan),
+    "shape": lambda y: y[:, :, 1:],
+}
+
+
+@pytest.fixture
+def wrong(request, monkeypatch):
+    implementation = _dispatch._IMPLEMENTATIONS["xla_taps"]
+    monkeypatch.setitem(
+        _dispatch._IMPLEMENTATIONS,
+        "xla_taps",
+        SimpleNamespace(
+            unsupported=implementation.unsupported,
+            forward=implementation.forward,
+            filter_grad=implementation.filter_grad,
+            input_grad=lambda *args: WRONG[request.param](implementation.input_grad(*args)),
+        ),
+    )
+    jax.clear_caches()
+    yield
+    jax.clear_caches()  # of what was traced with it
+
+
+@pytest.mark.parametrize("wrong", ("value", "nan"), indirect=True)
+def test_wrong_result(wrong, capsys):
+    assert run("--filter=plain|causal", "--ops=forward,input_grad", "--json=speed.json") == 1
+    found = figures()
+    assert {row["op"] for row in found["rows"]} == {"forward"}
+    assert len(found["meta"]["mismatches"]) == 2
+    out, err = capsys.readouterr()
+    assert "### forward" in out and "### input_grad" not in out
+    messages = [line for line in err.splitlines() if line.startswith("jax_dwbp.bench: ")]
+    assert re.fullmatch(
+        r"jax_dwbp\.bench: input_grad, batch 8, float32, plain: "
+        r"(lax|xla_taps|default) - default is ([\d.e+]+|nan) of what is allowed",
+        messages[0],
+    )
+
+
+@pytest.mark.parametrize("wrong", ("value",), indirect=True)
+def test_wrong_result_is_not_timed(wrong, monkeypatch):
+    monkeypatch.setattr(bench, "_consecutive", lambda *args: pytest.fail("timed"))
+    arguments = ("--filter=plain", "--ops=step", "--json=speed.json", "--plot=speed.png")
+    assert run(*arguments) == 1
+    assert figures()["rows"] == []
+    assert not Path("speed.png").exists()
+
+
+def test_wrong_shape():
+    problem = bench._Problem(TINY[0], "forward", 2, "float32")
+    want = [np.zeros((2, 5, 6, 3), np.float32)]
+    problem.check("same", want, "reference", want)
+    with pytest.raises(bench._Mismatch, match="wrong - reference is inf of what is allowed"):
+        problem.check("wrong", [want[0][:1]], "reference", want)
+
+
+# ---- Files.
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
+def test_plot():
+    arguments = ("--filter=plain|causal", "--ops=forward,step", "--plot=speed.png")
+    assert run(*arguments) == 0
+    assert Path("speed.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert os.listdir() == ["speed.png"]
+
+
+def test_full_disk(capsys, monkeypatch):
+    def replace(*args):
+        raise OSError(28, "No space left on device")
+
+    Path("speed.json").write_text("earlier figures")
+    monkeypatch.setattr(os, "replace", replace)
+    assert run("--filter=plain", "--ops=forward", "--json=speed.json") == 2
+    assert capsys.readouterr().err.endswith("--json=speed.json: No space left on device\n")
+    assert os.listdir() == ["speed.json"]
+    assert Path("speed.json").read_text() == "earlier figures"
+
+
+# ---- Errors.
+
+ERRORS = {
+    "filter": ("--filter=resnet", "--filter=resnet: found in none of the layers plain, strided, "),
+    "expression": ("--filter=(", "--filter=(: not a regular expression: "),
+    "op": (
+        "--ops=forward,backward",
+        "--ops=forward,backward: must be out of forward, input_grad, filter_grad, step",
+    ),
+    "no ops": ("--ops=", "--ops=: must be out of forward, "),
+    "batch": ("--batch=8,0", "--batch=8,0: must be positive integers, as 1,8,32"),
+    "no batch": ("--batch=", "--batch=: must be positive integers"),
+    "dtype": ("--dtype=int8", "flag --dtype=int8: value should be one of <float16|bfloat16|"),
+    "implementation": (
+        "--implementations=fast",
+        "--implementations=fast: must be out of default, ",
+    ),
+    "no implementations": ("--implementations=", "--implementations=: must be out of default, "),
+    "peer": ("--peers=jax", "--peers=jax: must be out of tensorflow, torch, torch_nchw"),
+    "peer that is missing": ("--peers=torch_nchw", "--peers=torch_nchw: torch is not installed"),
+    "blocks": ("--blocks=0", "flag --blocks=0: "),
+    "block_seconds": ("--block_seconds=-1", "flag --block_seconds=-1: "),
+    "directory": ("--json=nope/a.json", "--json=nope/a.json: not a file in a directory that can "),
+    "directory as file": ("--plot=.", "--plot=.: not a file in a directory that can be written"),
+    "matplotlib": ("--plot=a.png", "--plot=a.png: matplotlib is not installed"),
+    "flag": ("--layer=plain", "Unknown command line flag 'layer'"),
+    "argument": ("plain", "unexpected argument 'plain': all arguments are --flag=value"),
+}
+
+
+@pytest.mark.parametrize("argument, message", ERRORS.values(), ids=ERRORS)
+def test_error(argument, message, capsys, monkeypatch):
+    for package in ("matplotlib", "torch"):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(bench, "_measure", lambda *args: pytest.fail("measured"))
+    assert run(argument) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    [line] = err.splitlines()
+    assert line.startswith("jax_dwbp.bench: ")
+    assert message in line
+    assert os.listdir() == []
+
+
+def test_help(capsys):
+    assert bench.main(["bench", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    for argument, _ in ERRORS.values():
+        flag = argument.partition("=")[0]
+        assert flag in text or flag in ("--layer", "plain")
+
+
+def test_program():
+    """As it is run, with a layer and the rate of the machine."""
+    arguments = "--filter=7x7x960 --ops=input_grad --batch=1 --peers= --blocks=1 --block_seconds=0"
+    command = [sys.executable, "-W", "error", "-m", "jax_dwbp.bench", *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr == "1/1 input_grad, batch 1, float32, mobilenetv2 7x7x960 k3 s1\n"
+    assert re.search(r"\nfloat32; float32 matmul: [\d.e+]+ GFMA/s\n", done.stdout)
+    assert "\n| mobilenetv2 7x7x960 k3 s1 | " in done.stdout

@@ -1,0 +1,198 @@
+"""What only a compiled kernel can get wrong: threads, instruction sets, indices, callers."""
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import HAS_NATIVE, OPS, Case
+from jax import export
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jax_dwbp
+from jax_dwbp._impl import native_cpu
+
+TARGET = "jax_dwbp_depthwise_conv2d"
+CASE = Case("native", (8, 5, 6, 3), (3, 3, 3, 2), (2, 1))
+every_op = pytest.mark.parametrize("op", OPS)
+compiled = pytest.mark.skipif(not HAS_NATIVE, reason="native_cpu was not compiled")
+
+
+def digest(**environment):
+    """That of native_digest.py, which checks the values too."""
+    done = subprocess.run(
+        [sys.executable, "native_digest.py"],
+        cwd=pathlib.Path(__file__).parent,
+        env={**os.environ, "XLA_FLAGS": "", **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def program(run, *operands):
+    """What XLA made of it."""
+    return str(jax.jit(run).lower(*operands).compile().as_text())
+
+
+@compiled
+def test_same_bits_whatever_the_number_of_threads():
+    assert digest(NPROC="1") == digest(NPROC="2") == digest(NPROC="5")
+
+
+@compiled
+@pytest.mark.parametrize("most", ["baseline", "avx2"])
+def test_instruction_sets(most):
+    """What runs on older CPUs; the other tests run what this one's CPU has."""
+    digest(JAX_DWBP_MAX_ISA=most)
+
+
+@compiled
+@every_op
+def test_more_elements_than_32_bits_count(op):
+    """The first and the last row of an input of more than 2**31 elements."""
+    shape, stride = (1, 65536, 2049, 16), 65535
+    assert np.prod(shape, dtype=np.int64) > 2**31
+    f = jnp.ones((1, 1, 16, 1), "bfloat16")
+    y = np.random.default_rng(0).integers(0, 8, (1, 2, 2049, 16)).astype(f.dtype)
+    options = {"strides": (stride, 1), "padding": "VALID", "implementation": "native_cpu"}
+    if op == "input_grad":
+        x = jax_dwbp.depthwise_conv2d_native_backprop_input(shape, f, y, **options)
+        np.testing.assert_array_equal(np.asarray(x)[:, ::stride], y)
+        assert not np.asarray(x)[:, 1:stride].any()
+        return
+    x = np.zeros(shape, y.dtype)
+    x[:, ::stride] = y
+    x = jax.device_put(x)
+    if op == "forward":
+        np.testing.assert_array_equal(jax_dwbp.depthwise_conv2d_native(x, f, **options), y)
+    else:
+        df = jax_dwbp.depthwise_conv2d_native_backprop_filter(x, f.shape, y, **options)
+        want = np.sum(y.astype("float64") ** 2, (0, 1, 2))
+        np.testing.assert_array_equal(df.ravel(), want.astype(y.dtype))
+
+
+@compiled
+@every_op
+def test_a_filter_for_each_problem_is_one_call(op):
+    """No copy and no transpose: the kernel takes the axis of problems."""
+    a, b = (jnp.stack([jnp.asarray(x)] * 4) for x in CASE.operands(op))
+    text = program(jax.vmap(functools.partial(CASE.run, op)), a, b)
+    assert text.count(f'custom_call_target="{TARGET}"') == 1
+    assert not {"transpose", "copy", "fusion"} & set(text.replace("(", " ").split())
+
+
+@compiled
+@every_op
+def test_channels_first_is_one_call(op):
+    """No transpose in this layout either."""
+    x, f, y = (1, 3, 5, 6), (3, 3, 3, 2), (1, 6, 3, 6)
+    run = {
+        "forward": jax_dwbp.depthwise_conv2d_native,
+        "input_grad": functools.partial(jax_dwbp.depthwise_conv2d_native_backprop_input, x),
+        "filter_grad": lambda x, dy, **attributes: jax_dwbp.depthwise_conv2d_native_backprop_filter(
+            x, f, dy, **attributes
+        ),
+    }[op]
+    shapes = {"forward": (x, f), "input_grad": (f, y), "filter_grad": (x, y)}[op]
+    run = functools.partial(run, strides=(2, 1), padding="SAME", data_format="NCHW")
+    arrays = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+    text = program(run, *arrays)
+    assert text.count(f'custom_call_target="{TARGET}"') == 1
+    assert not {"transpose", "copy", "fusion"} & set(text.replace("(", " ").split())
+
+
+@compiled
+def test_a_default_call_exports_code_that_needs_no_library():
+    operands = CASE.operands("forward")
+    exported = export.export(jax.jit(functools.partial(CASE.run, "forward")))(*operands)
+    assert TARGET not in exported.mlir_module()
+    assert TARGET in jax.jit(functools.partial(CASE.run, "forward")).lower(*operands).as_text()
+
+
+@compiled
+@every_op
+def test_by_name_it_exports_for_those_who_ask_for_it(op):
+    a, b = CASE.operands(op)
+    run = jax.jit(functools.partial(CASE.run, op, implementation="native_cpu"))
+    with pytest.raises(ValueError, match="custom calls .* no compatibility guarantees"):
+        export.export(run)(a, b)
+    allowed = [export.DisabledSafetyCheck.custom_call(TARGET)]
+    exported = export.export(run, disabled_checks=allowed)(a, b)
+    assert TARGET in exported.mlir_module()
+    restored = export.deserialize(exported.serialize())
+    CASE.check(op, restored.call(a, b), CASE.expected(op, a, b), "float32")
+
+
+@compiled
+@pytest.mark.parametrize("by_name", [False, True])
+@every_op
+def test_what_xla_partitions_has_to_be_transparent(op, by_name):
+    """By name it is called on arrays that are gathered first: what was asked for is what runs."""
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    by_batch, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("batch",), ()))
+    operands = CASE.operands(op)
+    placed = [
+        jax.device_put(x, by_batch if x.shape[0] == CASE.input[0] else whole) for x in operands
+    ]
+    options = {"implementation": "native_cpu"} if by_name else {}
+    run = jax.jit(functools.partial(CASE.run, op, **options))
+    assert (TARGET in program(run, *placed)) == by_name
+    CASE.check(op, run(*placed), CASE.expected(op, *operands), "float32")
+
+
+@compiled
+@every_op
+def test_shard_map_calls_it(op):
+    mesh = jax.make_mesh((8,), ("problem",), axis_types=(AxisType.Auto,))
+    operands = [jnp.stack([jnp.asarray(x)] * 8) for x in CASE.operands(op)]
+    spec = PartitionSpec("problem")
+    run = jax.jit(
+        jax.shard_map(
+            jax.vmap(functools.partial(CASE.run, op)), mesh=mesh, in_specs=spec, out_specs=spec
+        )
+    )
+    assert TARGET in program(run, *operands)
+    want = CASE.expected(op, *CASE.operands(op))
+    for got in run(*operands):
+        CASE.check(op, got, want, "float32")
+
+
+@every_op
+def test_scratch_is_bounded(op):
+    """What would have to be packed at a time can be too much; then the next one serves."""
+    case = Case("far", (1, 3001, 3001, 1), (31, 31, 1, 8), dilations=(100, 100))
+    a, b = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in case.operands(op))
+    [found] = jax_dwbp.implementations(functools.partial(case.run, op), a, b, platform="cpu")
+    assert found.runs != "native_cpu"
+    if HAS_NATIVE:
+        assert "may take at most 8388608 bytes" in str(found.reasons["native_cpu"])
+
+
+@pytest.fixture
+def not_compiled(monkeypatch):
+    monkeypatch.setattr(native_cpu, "_LIBRARY", "nowhere.so")
+    native_cpu._load.cache_clear()
+    jax.clear_caches()
+    yield
+    monkeypatch.undo()
+    native_cpu._load.cache_clear()
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("not_compiled")
+@every_op
+def test_without_the_library(op):
+    a, b = CASE.operands(op)
+    [found] = jax_dwbp.implementations(functools.partial(CASE.run, op), a, b, platform="cpu")
+    assert found.runs == "xla_taps"
+    assert "was not compiled when the package was installed" in str(found.reasons["native_cpu"])
+    CASE.check(op, CASE.run(op, a, b), CASE.expected(op, a, b), "float32")
+    with pytest.raises(NotImplementedError, match="native_cpu: its library was not compiled"):
+        CASE.run(op, a, b, implementation="native_cpu")
