@@ -28,6 +28,10 @@ TINY = (
 # A skip would be taken for a test that is missing: PyTorch is not among what the tests need.
 PEERS = [name for name, (package, _) in bench._PEERS.items() if importlib.util.find_spec(package)]
 
+needs_matplotlib = pytest.mark.skipif(
+    not importlib.util.find_spec("matplotlib"), reason="needs matplotlib"
+)
+
 
 @pytest.fixture(autouse=True)
 def tiny(tmp_path, monkeypatch):
@@ -212,9 +216,14 @@ def test_wrong_result(wrong, capsys):
 @pytest.mark.parametrize("wrong", ("value",), indirect=True)
 def test_wrong_result_is_not_timed(wrong, monkeypatch):
     monkeypatch.setattr(bench, "_consecutive", lambda *args: pytest.fail("timed"))
-    arguments = ("--filter=plain", "--ops=step", "--json=speed.json", "--plot=speed.png")
-    assert run(*arguments) == 1
+    assert run("--filter=plain", "--ops=step", "--json=speed.json") == 1
     assert figures()["rows"] == []
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("wrong", ("value",), indirect=True)
+def test_wrong_result_is_not_plotted(wrong):
+    assert run("--filter=plain", "--ops=step", "--plot=speed.png") == 1
     assert not Path("speed.png").exists()
 
 
@@ -229,7 +238,7 @@ def test_wrong_shape():
 # ---- Files.
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
+@needs_matplotlib
 def test_plot():
     arguments = ("--filter=plain|causal", "--ops=forward,step", "--plot=speed.png")
     assert run(*arguments) == 0
