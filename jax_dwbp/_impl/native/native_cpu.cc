@@ -218,10 +218,35 @@ void PreferHugePages(char* data, int64_t bytes) {
 // ---------------------------------------------------------------------------------------------------
 // Threads.
 
+// A share of the tasks for each thread, so that from call to call a thread meets what its caches hold.
 struct Loop {
-  std::atomic<int64_t> next{0}, done{0};
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Share> shares;
+  std::atomic<int64_t> workers{0}, done{0};
   std::mutex mutex;
   std::condition_variable finished;
+
+  Loop(int64_t count, int64_t threads) : shares(threads) {
+    for (int64_t i = 0; i < threads; ++i) {
+      shares[i].next = i * count / threads;
+      shares[i].end = (i + 1) * count / threads;
+    }
+  }
+
+  // Runs body(i) for all tasks i that are left, those of a share of its own first. Returns how many.
+  template <typename Body>
+  int64_t Run(const Body& body) {
+    const int64_t own = workers.fetch_add(1), all = shares.size();
+    int64_t ran = 0;
+    for (int64_t i = 0; i < all; ++i) {
+      Share& share = shares[(own + i) % all];
+      for (int64_t task; (task = share.next.fetch_add(1)) < share.end; ++ran) body(task);
+    }
+    return ran;
+  }
 };
 
 // Runs body(scratch, i) for all i below `count`, on this thread and on idle ones of XLA's pool. False if
@@ -229,32 +254,28 @@ struct Loop {
 template <typename Body>
 bool ParallelFor(ffi::ThreadPool& pool, int64_t threads, int64_t count, int64_t lines,
                  const Body& body) {
-  auto loop = std::make_shared<Loop>();
+  threads = std::min(threads, count);
+  auto loop = std::make_shared<Loop>(count, threads);
   std::atomic<bool> failed{false};
   // A helper that comes late finds nothing left to do, and no longer looks at what this call owns.
   const auto work = [loop, count, lines, &body, &failed] {
-    int64_t i = loop->next.fetch_add(1);
-    if (i >= count) return;
     static thread_local Scratch scratch;
     scratch.filter = -1;
-    const bool has_memory = scratch.Lines(lines) != nullptr;
-    int64_t ran = 0;
-    for (; i < count; i = loop->next.fetch_add(1), ++ran) {
-      if (has_memory) {
-        body(scratch, i);
+    const int64_t ran = loop->Run([&](int64_t task) {
+      if (scratch.Lines(lines)) {
+        body(scratch, task);
       } else {
         failed = true;
       }
-    }
+    });
+    if (ran == 0) return;
     scratch.Trim();
     if (loop->done.fetch_add(ran) + ran == count) {
       std::lock_guard<std::mutex> lock(loop->mutex);
       loop->finished.notify_one();
     }
   };
-  for (int64_t helper = 1; helper < std::min(threads, count); ++helper) {
-    pool.Schedule([work] { work(); });
-  }
+  for (int64_t helper = 1; helper < threads; ++helper) pool.Schedule([work] { work(); });
   work();
   // The others finish at about the same time, so it may not be worth going to sleep.
   for (int spin = 0; spin < 2000 && loop->done.load() < count; ++spin) {
