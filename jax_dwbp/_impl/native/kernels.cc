@@ -377,7 +377,21 @@ struct Sums {
 struct Run {
   int64_t t;  // the first column
   const Tap *begin, *end;
+  uint64_t lines;  // where taps are adjacent, a bit for each line that they read and that is there
 };
+
+// Adjacent lines that taps read for some columns, if these are kStride lines apart.
+template <int kTaps, int kStride, int kColumns>
+constexpr int kLines = kStride * (kColumns - 1) + kTaps;
+
+template <int kTaps, int kStride, int kColumns>
+INLINE constexpr bool IsRead(int line) {
+  return line - Min(line / kStride, kColumns - 1) * kStride < kTaps;
+}
+
+INLINE uint64_t BitsBelow(int64_t count) {
+  return (uint64_t{1} << Max(Min(count, 63), 0)) - 1;
+}
 
 template <typename T>
 INLINE typename Vector<T>::type Load(const char* from) {
@@ -386,8 +400,8 @@ INLINE typename Vector<T>::type Load(const char* from) {
 
 // Adds what a row of the filter gives to the rows kFirst to kLast of the result. kTaps is the number of
 // taps if it is known and they read adjacent lines, else 0; kStride is how many lines the columns are
-// apart. What is not packed has no lines of zeros: there the products with them are left out.
-template <typename T, int kTaps, int kStride, bool kPacked, int kFirst, int kLast, int kRows,
+// apart. At a border some of what taps read isn't there: the products with it are left out.
+template <typename T, int kTaps, int kStride, bool kBorder, int kFirst, int kLast, int kRows,
           int kColumns>
 INLINE void AddRow(Sums<T, kRows, kColumns>& sums, const char* row, const T* const* weights,
                    const Run& run, const Source& in) {
@@ -408,13 +422,9 @@ INLINE void AddRow(Sums<T, kRows, kColumns>& sums, const char* row, const T* con
     }
     const char* read = row + begin->read;
     AS_POINTER(read);
-    const int64_t step = kPacked ? 64 : in.line_bytes;
-    UNROLL for (int l = 0; l < kStride * (kColumns - 1) + kTaps; ++l, read += step) {
-      // A tap and a column that meet the line, as good as any.
-      const int j = Min(l / kStride, kColumns - 1), k = l - j * kStride;
-      if (k >= kTaps) continue;
-      const int64_t t = run.t + j;
-      if (!kPacked && (t < begin[k].begin || t >= begin[k].end)) continue;
+    UNROLL for (int l = 0; l < kLines<kTaps, kStride, kColumns>; ++l, read += in.line_bytes) {
+      if (!IsRead<kTaps, kStride, kColumns>(l)) continue;
+      if (kBorder && !(run.lines >> l & 1)) continue;
       V x = Load<T>(read);
       IN_REGISTER(x);
       UNROLL for (int k = 0; k < kTaps; ++k) {
@@ -428,16 +438,16 @@ INLINE void AddRow(Sums<T, kRows, kColumns>& sums, const char* row, const T* con
     const auto add = [&](const Tap* tap) __attribute__((always_inline)) {
       const char* read = row + tap->read;
       AS_POINTER(read);
-      const int64_t step = kPacked ? 64 : in.column_bytes;
-      const int64_t first = tap->begin - run.t, last = tap->end - run.t;
+      uint64_t there = 0;  // a bit for each column
+      if (kBorder) there = BitsBelow(tap->end - run.t) & ~BitsBelow(tap->begin - run.t);
       UNROLL for (int v = 0; v < kVectors; ++v) {
         V w[kRows];
         UNROLL for (int i = kFirst; i <= kLast; ++i) {
           w[i] = *reinterpret_cast<const V*>(weights[i] + tap->weight * kLanes + v * kStep);
         }
         UNROLL for (int j = 0; j < kColumns; ++j) {
-          if (!kPacked && (j < first || j >= last)) continue;
-          V x = Load<T>(read + j * step + v * VECTOR_BYTES);
+          if (kBorder && !(there >> j & 1)) continue;
+          V x = Load<T>(read + j * in.column_bytes + v * VECTOR_BYTES);
           if (kFirst < kLast) IN_REGISTER(x);
           UNROLL for (int i = kFirst; i <= kLast; ++i) sums.of[i][j][v] += x * w[i];
         }
@@ -461,7 +471,7 @@ INLINE void AddSums(Sums<T, kRows, kColumns>& sums, const Sums<T, kRows, kColumn
 }
 
 // Not inlined, for the registers.
-template <typename T, int kTaps, int kStride, bool kPacked, int kRows, int kColumns>
+template <typename T, int kTaps, int kStride, bool kBorder, int kRows, int kColumns>
 __attribute__((noinline)) void ConvolveRun(const Convolution& conv, const Run& run) {
   const int64_t chain_rows = Max(kChain / Max(run.end - run.begin, 1), 1);
   for (int64_t block = 0; block < conv.blocks; ++block) {
@@ -477,7 +487,7 @@ __attribute__((noinline)) void ConvolveRun(const Convolution& conv, const Run& r
           UNROLL for (int i = 0; i < kRows; ++i) {
             weights[i] = reinterpret_cast<const T*>(conv.weights[i][r] + weight_lines);
           }
-          AddRow<T, kTaps, kStride, kPacked, decltype(first)::value, decltype(last)::value>(
+          AddRow<T, kTaps, kStride, kBorder, decltype(first)::value, decltype(last)::value>(
               sums, conv.in.rows[r] + read_bytes, weights, run, conv.in);
         }
       };
@@ -501,7 +511,7 @@ __attribute__((noinline)) void ConvolveRun(const Convolution& conv, const Run& r
       pairs[level] = sums;
       ++chains;
     }
-    if constexpr (!kPacked) Prefetch(conv.in, block, run.t, kColumns);
+    Prefetch(conv.in, block, run.t, kColumns);
     UNROLL for (int i = 0; i < kRows; ++i) {
       char* out = conv.out[i] + block * conv.out_bytes + run.t * conv.column_bytes;
       UNROLL for (int j = 0; j < kColumns; ++j, out += conv.column_bytes) {
@@ -516,38 +526,51 @@ __attribute__((noinline)) void ConvolveRun(const Convolution& conv, const Run& r
   }
 }
 
-template <typename T, int kTaps, int kStride, bool kPacked, int kRows, int kColumns>
+template <typename T, int kTaps, int kStride, int kRows, int kColumns>
 INLINE void ConvolveColumns(const Convolution& conv, int64_t t) {
-  Run run{t, conv.taps, conv.taps + conv.tap_count};
-  if (kTaps == 0 && conv.tap_count > kSkip && conv.in.row_count > 0) {
+  Run run{t, conv.taps, conv.taps + conv.tap_count, 0};
+  const bool is_wide = conv.tap_count > kSkip;
+  if (is_wide && conv.in.row_count > 0) {
     const auto misses = [=](const Tap& tap) { return tap.begin >= t + kColumns || tap.end <= t; };
     while (run.begin < run.end && misses(*run.begin)) ++run.begin;
     while (run.begin < run.end && misses(run.end[-1])) --run.end;
   }
-  ConvolveRun<T, kTaps, kStride, kPacked, kRows, kColumns>(conv, run);
+  // What is packed has lines of zeros for the padding, but a wide filter would meet too many of them.
+  bool border = false;
+  for (const Tap* tap = run.begin; (is_wide || !conv.in.packed) && tap < run.end; ++tap) {
+    border |= tap->begin > t || tap->end < t + kColumns;
+  }
+  if (!border) return ConvolveRun<T, kTaps, kStride, false, kRows, kColumns>(conv, run);
+  for (int line = 0; kTaps > 0 && line < kLines<kTaps, kStride, kColumns>; ++line) {
+    // A column and a tap that meet there, as good as any.
+    const int64_t column = Min(line / kStride, kColumns - 1);
+    const Tap& tap = conv.taps[Min(line - column * kStride, kTaps - 1)];
+    if (tap.begin <= t + column && t + column < tap.end) run.lines |= uint64_t{1} << line;
+  }
+  ConvolveRun<T, kTaps, kStride, true, kRows, kColumns>(conv, run);
 }
 
 // The template of a number of columns that is known when it runs.
-template <typename T, int kTaps, int kStride, bool kPacked, int kRows, int kColumns = COLUMNS>
+template <typename T, int kTaps, int kStride, int kRows, int kColumns = COLUMNS>
 void ConvolveSome(const Convolution& conv, int64_t columns, int64_t t) {
   if constexpr (kColumns > 0) {
-    if (columns == kColumns) return ConvolveColumns<T, kTaps, kStride, kPacked, kRows, kColumns>(conv, t);
-    ConvolveSome<T, kTaps, kStride, kPacked, kRows, kColumns - 1>(conv, columns, t);
+    if (columns == kColumns) return ConvolveColumns<T, kTaps, kStride, kRows, kColumns>(conv, t);
+    ConvolveSome<T, kTaps, kStride, kRows, kColumns - 1>(conv, columns, t);
   }
 }
 
-template <typename T, int kTaps, int kStride, bool kPacked, int kRows>
+template <typename T, int kTaps, int kStride, int kRows>
 void ConvolveRows(const Convolution& conv) {
   // Of even size. Blocks of the same columns lie side by side in the result, so that it is written in
   // one stream.
   const int64_t groups = (conv.columns + COLUMNS - 1) / COLUMNS;
   for (int64_t i = 0; i < groups; ++i) {
     const int64_t t = i * conv.columns / groups, next = (i + 1) * conv.columns / groups;
-    ConvolveSome<T, kTaps, kStride, kPacked, kRows>(conv, next - t, t);
+    ConvolveSome<T, kTaps, kStride, kRows>(conv, next - t, t);
   }
 }
 
-template <typename T, bool kPacked, int kRows>
+template <typename T, int kRows>
 void ConvolveTaps(const Convolution& conv) {
   // One tap after the other, or the other way round: packed, the last of a phase and the first of the
   // next may lie side by side too.
@@ -561,30 +584,26 @@ void ConvolveTaps(const Convolution& conv) {
   if (conv.in.column_bytes == conv.in.line_bytes) {
     switch (taps) {
       case 3:
-        return ConvolveRows<T, 3, 1, kPacked, kRows>(conv);
+        return ConvolveRows<T, 3, 1, kRows>(conv);
       case 5:
-        return ConvolveRows<T, 5, 1, kPacked, kRows>(conv);
+        return ConvolveRows<T, 5, 1, kRows>(conv);
       case 7:
-        return ConvolveRows<T, kPacked ? 7 : 0, 1, kPacked, kRows>(conv);
+        return ConvolveRows<T, 7, 1, kRows>(conv);
     }
-  } else if (!kPacked && conv.in.column_bytes == 2 * conv.in.line_bytes) {
+  } else if (conv.in.column_bytes == 2 * conv.in.line_bytes) {
     switch (taps) {
       case 3:
-        return ConvolveRows<T, 3, 2, false, kRows>(conv);
+        return ConvolveRows<T, 3, 2, kRows>(conv);
       case 5:
-        return ConvolveRows<T, 5, 2, false, kRows>(conv);
+        return ConvolveRows<T, 5, 2, kRows>(conv);
     }
   }
-  ConvolveRows<T, 0, 1, kPacked, kRows>(conv);
+  ConvolveRows<T, 0, 1, kRows>(conv);
 }
 
 template <typename T>
 void Convolve(const Convolution& conv) {
-  const bool one_row = ROWS == 1 || !conv.out[1];
-  if (conv.in.packed) {
-    return one_row ? ConvolveTaps<T, true, 1>(conv) : ConvolveTaps<T, true, ROWS>(conv);
-  }
-  return one_row ? ConvolveTaps<T, false, 1>(conv) : ConvolveTaps<T, false, ROWS>(conv);
+  ROWS == 1 || !conv.out[1] ? ConvolveTaps<T, 1>(conv) : ConvolveTaps<T, ROWS>(conv);
 }
 
 // Taps that are summed at once, of one block of channels.
@@ -592,9 +611,9 @@ template <typename T>
 struct Group {
   const char* reads[TAPS];
   T* sums[TAPS];
-  int64_t begins[TAPS], ends[TAPS];  // of each tap
-  int64_t begin, end;                // from the first to the last of any
-  int64_t all_begin, all_end;        // of all, or what is packed
+  int64_t begin, end;          // from the first to the last column of any
+  int64_t all_begin, all_end;  // the columns of all, or of what is packed
+  uint32_t meet[kReductionColumns + 1];  // a bit for each tap that meets the column
 };
 
 template <typename T, int kTaps>
@@ -610,7 +629,7 @@ INLINE void CorrelateTaps(const Correlation& corr, const Group<T>& group, int64_
     }
     const int64_t offset = block * corr.in.block_bytes + t * corr.in.column_bytes;
     UNROLL for (int i = 0; i < kTaps; ++i) {
-      if (decltype(check)::value && (t < group.begins[i] || t >= group.ends[i])) continue;
+      if (decltype(check)::value && !(group.meet[t] >> i & 1)) continue;
       UNROLL for (int v = 0; v < kVectors; ++v) {
         sums[i][v] += Load<T>(group.reads[i] + offset + v * VECTOR_BYTES) * u[v];
       }
@@ -651,16 +670,20 @@ void Correlate(const Correlation& corr) {
     const int64_t count = (g + 1) * taps / groups - g * taps / groups;
     Group<T> group;
     group.begin = group.all_begin = tap->begin, group.end = group.all_end = tap->end;
+    // First what changes from one column to the next, then what has come of it.
+    for (int64_t t = 0; t <= corr.columns; ++t) group.meet[t] = 0;
     for (int64_t i = 0; i < count; ++i) {
       group.reads[i] = corr.in.rows[row] + tap->read;
       group.sums[i] = reinterpret_cast<T*>(corr.sums[row] + tap->weight);
-      group.begins[i] = tap->begin, group.ends[i] = tap->end;
       group.begin = Min(group.begin, tap->begin);
       group.end = Max(group.end, tap->end);
       group.all_begin = Max(group.all_begin, tap->begin);
       group.all_end = Min(group.all_end, tap->end);
+      group.meet[tap->begin] ^= uint32_t{1} << i;
+      group.meet[tap->end] ^= uint32_t{1} << i;
       if (++tap == end) tap = corr.taps, ++row;
     }
+    for (int64_t t = 1; t < corr.columns; ++t) group.meet[t] ^= group.meet[t - 1];
     if (corr.in.packed) group.all_begin = group.begin, group.all_end = group.end;
     CorrelateSome<T, TAPS>(corr, group, count, g == 0);
   }

@@ -58,11 +58,14 @@ struct Source {
   Ahead ahead;
 };
 
+// A running sum over columns has at most so many.
+constexpr int64_t kReductionColumns = 128;
+
 // A column of the filter, for one run of output columns t = 0, 1, ...
 struct Tap {
   int64_t read;        // bytes to what t = 0 reads, of each row
   int64_t weight;      // the line of its weight, of each row of the filter
-  int64_t begin, end;  // where t meets more than padding
+  int64_t begin, end;  // where t meets more than padding; in a correlation 0 <= begin <= end <= columns
 };
 
 // One row of the result or, where the kernel takes two at a time, two. Rows that only the first of them

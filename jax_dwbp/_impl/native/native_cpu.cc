@@ -42,14 +42,13 @@ constexpr int64_t kKeptBytes = 2 << 20;
 // Lines that one thread multiplies in the time that it takes to wake another.
 constexpr int64_t kSmall = 1 << 14;
 // Larger filters meet a line so often that packing it, close to others, saves more than it costs.
-constexpr int64_t kInPlaceTaps = 25;
+constexpr int64_t kInPlaceTaps = 49;
 // The filter gradient is reduced in parts, to have this many tasks, whatever the number of threads:
 // the result may not depend on it. Their sums take at most so many bytes.
 constexpr int64_t kReductionTasks = 32;
 constexpr int64_t kReductionBytes = 4 << 20;
 constexpr int64_t kReductionBlocks = 4;
-// A running sum has at most so many columns, and so many rows are added up before they join others.
-constexpr int64_t kReductionColumns = 128;
+// So many rows are added up before they join others.
 constexpr int64_t kReductionRows = 32;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -596,16 +595,20 @@ bool Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
   const int64_t blocks = CeilDiv(sizes.channels, lanes);
   const int64_t block_lines = (in_place ? 0 : ring.block) +
                               m_count * ((dy_in_place ? 0 : dy_plane) + sum_plane);
-  const int64_t task_blocks =
-      BlocksPerTask(blocks, block_lines, in_place && dy_in_place ? blocks : kReductionBlocks);
-  const int64_t chunks = CeilDiv(blocks, task_blocks);
 
   // Fixed by the shapes alone, as is the order of all sums.
   const int64_t dy_rows = rows.Count(), all_rows = sizes.batch * dy_rows;
+  const int64_t row_parts = std::max<int64_t>(CeilDiv(all_rows, 4 * (rows.Span() + 1)), 1);
+  const int64_t most_blocks =
+      in_place && dy_in_place
+          ? std::max(blocks / CeilDiv(kReductionTasks, sizes.problems * row_parts), 2 * kReductionBlocks)
+          : kReductionBlocks;
+  const int64_t task_blocks = BlocksPerTask(blocks, block_lines, most_blocks);
+  const int64_t chunks = CeilDiv(blocks, task_blocks);
   const int64_t sum_lines = sizes.problems * blocks * m_count * sum_plane;  // of one part
   const int64_t most_parts = std::max<int64_t>(1, kReductionBytes / 64 / sum_lines);
   const int64_t wanted = CeilDiv(kReductionTasks, sizes.problems * chunks);
-  const int64_t parts = std::min({wanted, most_parts, CeilDiv(all_rows, 4 * (rows.Span() + 1))});
+  const int64_t parts = std::min({wanted, most_parts, row_parts});
   std::unique_ptr<void, Free> memory(std::aligned_alloc(64, parts * sum_lines * sizeof(Line)));
   Line* const sums = static_cast<Line*>(memory.get());
   if (!sums) return false;
@@ -617,8 +620,9 @@ bool Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
       return in_place ? reader.Read(tap, start) : ring.Read(tap);
     }));
     for (Tap& tap : tile_taps.back()) {
-      tap.begin = std::max<int64_t>(tap.begin, 0);
-      tap.end = std::min(tap.end, columns.Count(0, start + ring.tile) - start);
+      const int64_t count = columns.Count(0, start + ring.tile) - start;
+      tap.begin = std::clamp<int64_t>(tap.begin, 0, count);
+      tap.end = std::clamp(tap.end, tap.begin, count);
     }
   }
   const int64_t ring_lines = in_place ? 0 : task_blocks * ring.block;
@@ -628,6 +632,7 @@ bool Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
   const int64_t work = sum_lines * all_rows * columns.Count();
   const int64_t threads = work < kSmall ? 1 : pool.num_threads();
   const int64_t tasks = sizes.problems * chunks;
+  const int64_t adders = parts * sum_lines < kSmall ? 1 : threads;
 
   const bool summed = ParallelFor(
       pool, threads, tasks * parts, lines, [&](Scratch& scratch, int64_t task) {
@@ -726,7 +731,7 @@ bool Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
         kernels.add(total, sum, count_of_sums);
       });
   if (!summed) return false;
-  return ParallelFor(pool, threads, tasks, 1, [&](Scratch&, int64_t task) {
+  return ParallelFor(pool, adders, tasks, 1, [&](Scratch&, int64_t task) {
     const int64_t chunk = task % chunks, problem = task / chunks;
     const int64_t first_channel = chunk * task_blocks * lanes;
     const int64_t channels = std::min(task_blocks * lanes, sizes.channels - first_channel);
