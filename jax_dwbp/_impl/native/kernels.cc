@@ -56,6 +56,8 @@ constexpr int64_t kChain = 7;
 constexpr int kLevels = 24;
 // Filters with more columns skip those that meet only padding.
 constexpr int64_t kSkip = 8;
+// As many as arrays that are read in place have, at most. Those that are packed need no border.
+constexpr int64_t kBorderTaps = 64;
 
 template <typename T>
 struct Vector {
@@ -377,7 +379,10 @@ struct Sums {
 struct Run {
   int64_t t;  // the first column
   const Tap *begin, *end;
-  uint64_t lines;  // where taps are adjacent, a bit for each line that they read and that is there
+  // At a border: for each tap a bit for each column where it meets more than padding and, where taps
+  // are adjacent, a bit for each line that they read and that is there.
+  uint8_t meets[kBorderTaps];
+  uint32_t lines;
 };
 
 // Adjacent lines that taps read for some columns, if these are kStride lines apart.
@@ -387,10 +392,6 @@ constexpr int kLines = kStride * (kColumns - 1) + kTaps;
 template <int kTaps, int kStride, int kColumns>
 INLINE constexpr bool IsRead(int line) {
   return line - Min(line / kStride, kColumns - 1) * kStride < kTaps;
-}
-
-INLINE uint64_t BitsBelow(int64_t count) {
-  return (uint64_t{1} << Max(Min(count, 63), 0)) - 1;
 }
 
 template <typename T>
@@ -438,15 +439,14 @@ INLINE void AddRow(Sums<T, kRows, kColumns>& sums, const char* row, const T* con
     const auto add = [&](const Tap* tap) __attribute__((always_inline)) {
       const char* read = row + tap->read;
       AS_POINTER(read);
-      uint64_t there = 0;  // a bit for each column
-      if (kBorder) there = BitsBelow(tap->end - run.t) & ~BitsBelow(tap->begin - run.t);
+      const uint32_t meets = kBorder ? run.meets[tap - begin] : 0;
       UNROLL for (int v = 0; v < kVectors; ++v) {
         V w[kRows];
         UNROLL for (int i = kFirst; i <= kLast; ++i) {
           w[i] = *reinterpret_cast<const V*>(weights[i] + tap->weight * kLanes + v * kStep);
         }
         UNROLL for (int j = 0; j < kColumns; ++j) {
-          if (kBorder && !(there >> j & 1)) continue;
+          if (kBorder && !(meets >> j & 1)) continue;
           V x = Load<T>(read + j * in.column_bytes + v * VECTOR_BYTES);
           if (kFirst < kLast) IN_REGISTER(x);
           UNROLL for (int i = kFirst; i <= kLast; ++i) sums.of[i][j][v] += x * w[i];
@@ -528,7 +528,8 @@ __attribute__((noinline)) void ConvolveRun(const Convolution& conv, const Run& r
 
 template <typename T, int kTaps, int kStride, int kRows, int kColumns>
 INLINE void ConvolveColumns(const Convolution& conv, int64_t t) {
-  Run run{t, conv.taps, conv.taps + conv.tap_count, 0};
+  Run run;
+  run.t = t, run.begin = conv.taps, run.end = conv.taps + conv.tap_count;
   const bool is_wide = conv.tap_count > kSkip;
   if (is_wide && conv.in.row_count > 0) {
     const auto misses = [=](const Tap& tap) { return tap.begin >= t + kColumns || tap.end <= t; };
@@ -536,16 +537,22 @@ INLINE void ConvolveColumns(const Convolution& conv, int64_t t) {
     while (run.begin < run.end && misses(run.end[-1])) --run.end;
   }
   // What is packed has lines of zeros for the padding, but a wide filter would meet too many of them.
+  const int64_t taps = run.end - run.begin;
   bool border = false;
-  for (const Tap* tap = run.begin; (is_wide || !conv.in.packed) && tap < run.end; ++tap) {
-    border |= tap->begin > t || tap->end < t + kColumns;
+  for (int64_t i = 0; (is_wide || !conv.in.packed) && taps <= kBorderTaps && i < taps; ++i) {
+    run.meets[i] = 0;
+    for (int j = 0; j < kColumns; ++j) {
+      const bool meets = run.begin[i].begin <= t + j && t + j < run.begin[i].end;
+      run.meets[i] |= meets << j;
+      border |= !meets;
+    }
   }
   if (!border) return ConvolveRun<T, kTaps, kStride, false, kRows, kColumns>(conv, run);
+  run.lines = 0;
   for (int line = 0; kTaps > 0 && line < kLines<kTaps, kStride, kColumns>; ++line) {
     // A column and a tap that meet there, as good as any.
-    const int64_t column = Min(line / kStride, kColumns - 1);
-    const Tap& tap = conv.taps[Min(line - column * kStride, kTaps - 1)];
-    if (tap.begin <= t + column && t + column < tap.end) run.lines |= uint64_t{1} << line;
+    const int column = Min(line / kStride, kColumns - 1), tap = Min(line - column * kStride, kTaps - 1);
+    run.lines |= static_cast<uint32_t>(run.meets[tap] >> column & 1) << line;
   }
   ConvolveRun<T, kTaps, kStride, true, kRows, kColumns>(conv, run);
 }
