@@ -3,6 +3,8 @@
 Implementations see canonical data: layouts, empty operands and single problems end here.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -61,7 +63,10 @@ def run(
     a: jax.Array,
     b: jax.Array,
 ) -> jax.Array:
-    """Runs `op` on its two operands in the caller's layout, with or without a problem axis."""
+    """Runs `op` on its two operands in the caller's layout, with or without a problem axis.
+
+    A filter without one is shared by the problems of the other operand.
+    """
     shape = spec.result_shape(op, a.shape, b.shape)
     if 0 in (*shape, *a.shape, *b.shape):
         return jnp.zeros(shape, a.dtype)
@@ -72,15 +77,16 @@ def run(
 
     def canonical(a: jax.Array, b: jax.Array) -> jax.Array:
         channels_first = spec.data_format == "NCHW"
-        single = a.ndim == 4
+        single = 4 in (a.ndim, b.ndim)
         operands = []
         for name, x in zip(OPERANDS[op], (a, b), strict=True):
-            x = x[None] if single else x
+            if single:
+                x = x.reshape(1, math.prod(x.shape[:-3]), *x.shape[-3:])
             operands.append(jnp.moveaxis(x, 2, 4) if channels_first and name != "f" else x)
         result = implementation(spec, *operands)
         if channels_first and op != "filter_grad":
             result = jnp.moveaxis(result, 4, 2)
-        return result[0] if single else result
+        return result.reshape(shape)
 
     # Fused into the taps, what computes an operand would run once for each of them: the gradient of
     # eight layers took 316 ms so, and takes 11 ms.

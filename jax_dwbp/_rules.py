@@ -121,8 +121,12 @@ def _bind(op: Op, spec: ConvSpec, a: Any, b: Any) -> Any:
     return _primitive.bind(a, b, op=op, spec=spec)
 
 
-def _cotangent(u: Any, other: Any, *, index: int, op: Op, spec: ConvSpec) -> Any:
-    """The cotangent of the operand `index` of `op`, from the other operand and u."""
+def _cotangent(u: Any, a: Any, b: Any, *, index: int, op: Op, spec: ConvSpec) -> Any:
+    """The cotangent of a or b, the operand `index` of `op`, from the other operand and u."""
+    operand, other = (a, b)[index], (b, a)[index]
+    if operand.aval.ndim < u.ndim:
+        # A filter that problems share has the gradient of one problem with the images of all.
+        u, other = (_join(u), _join(other))
     known = {OPERANDS[op][1 - index]: other, _LEFT_OUT[op]: u}
     derivative = _LEAVES_OUT[OPERANDS[op][index]]
     return _bind(derivative, spec, *(known[operand] for operand in OPERANDS[derivative]))
@@ -138,10 +142,9 @@ def _fwd(op: Op, spec: ConvSpec, a: jax.Array, b: jax.Array):
 
 
 def _bwd(op: Op, spec: ConvSpec, residuals: tuple[jax.Array, jax.Array], u: jax.Array):
-    a, b = residuals
     return (
-        _cotangent(u, b, index=0, op=op, spec=spec),
-        _cotangent(u, a, index=1, op=op, spec=spec),
+        _cotangent(u, *residuals, index=0, op=op, spec=spec),
+        _cotangent(u, *residuals, index=1, op=op, spec=spec),
     )
 
 
@@ -167,35 +170,32 @@ def _abstract_eval(a, b, *, op, spec):
 
 
 def _batch(operands, dims, *, op, spec):
-    batched = [dim is not None for dim in dims]
-    problems = operands[0].ndim - batched[0] == 5
+    """Adds the new axis to the axis of problems. A filter without one is shared by all of them."""
     operands = [
         jnp.moveaxis(operand, dim, 0) if dim is not None else operand
         for operand, dim in zip(operands, dims, strict=True)
     ]
-    size = operands[batched.index(True)].shape[0]
-    if ("f", False) in zip(OPERANDS[op], batched, strict=True) and not problems:
-        # The filter is shared: the new axis joins N, where it costs nothing.
-        merge = batched
-    else:
-        # It becomes the axis of problems, or joins the one that is there.
+    size = operands[dims[0] is None].shape[0]
+    filters = [operand for name, operand in zip(OPERANDS[op], operands, strict=True) if name == "f"]
+    shared = ("f", None) in zip(OPERANDS[op], dims, strict=True) and filters[0].ndim == 4
+    if not shared:
         operands = [
-            operand if is_batched else jnp.broadcast_to(operand, (size, *operand.shape))
-            for operand, is_batched in zip(operands, batched, strict=True)
+            jnp.broadcast_to(operand, (size, *operand.shape)) if dim is None else operand
+            for operand, dim in zip(operands, dims, strict=True)
         ]
-        merge = [problems, problems]
-    if not any(merge):
-        return _bind(op, spec, *operands), 0
-    inner = operands[merge.index(True)].shape[1]
-    result = _bind(
-        op,
-        spec,
-        *(
-            operand.reshape(size * inner, *operand.shape[2:]) if merged else operand
-            for operand, merged in zip(operands, merge, strict=True)
-        ),
-    )
-    return result.reshape(size, inner, *result.shape[1:]), 0
+    shape = spec.result_shape(op, *(operand.shape for operand in operands))
+    ranks = {operand.ndim for operand in operands}
+    if ranks == {5, 6}:
+        # Inner problems share each of the filters.
+        operands = [_join(x, 1) if x.ndim == 6 else x for x in operands]
+    else:
+        operands = [_join(x) if x.ndim == 6 else x for x in operands]
+    return _bind(op, spec, *operands).reshape(shape), 0
+
+
+def _join(x: Any, axis: int = 0) -> Any:
+    """x with `axis` and the next one as one."""
+    return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
 
 
 def _lower(ctx, a, b, *, op, spec, platform):
@@ -220,8 +220,8 @@ def _lower(ctx, a, b, *, op, spec, platform):
 batching.primitive_batchers[_primitive] = _batch
 ad.defbilinear(
     _primitive,
-    lambda u, a, b, **params: _cotangent(u, b, index=0, **params),
-    lambda u, a, b, **params: _cotangent(u, a, index=1, **params),
+    functools.partial(_cotangent, index=0),
+    functools.partial(_cotangent, index=1),
 )
 for _platform in (None, *_dispatch.PLATFORMS):
     mlir.register_lowering(

@@ -1,7 +1,7 @@
 """Random configurations: within TensorFlow's reach against TensorFlow, beyond it against the loops.
 
-JAX_DWBP_FUZZ is how many of each kind, 60 by default. A failure names its configuration; `inside`
-and `beyond` draw it again from its seed.
+JAX_DWBP_FUZZ is how many of each kind, 60 by default. A failure names its configuration; `inside`,
+`beyond` and `large` draw it again from its seed.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import os
 import jax
 import numpy as np
 import pytest
-from cases import DTYPES, OPS, Case
+from cases import DTYPES, HAS_NATIVE, OPS, Case
 
 COUNT = int(os.environ.get("JAX_DWBP_FUZZ", "60"))
 BATCH = 10
@@ -75,6 +75,27 @@ def beyond(seed):
         )
         if legal(case):
             return case, dtype, data_format, implementation
+
+
+def large(seed):
+    """A case, dtype and layout with channels that fill vectors and columns that fill registers."""
+    rng = np.random.default_rng([3, seed])
+    dtype, data_format = pick(rng, *DTYPES), pick(rng, "NHWC", "NHWC", "NCHW")
+    while True:
+        c = pick(rng, 8, 16, 32, 48, integer(rng, 1, 70))
+        m = pick(rng, 1, 1, 1, 2, 3, 4, 8)
+        stride, dilation = integer(rng, 1, 2), pick(rng, 1, 1, 1, integer(rng, 2, 3))
+        filter = pick(rng, (3, 3), (5, 5), (7, 7), pair(rng, 1, 9), (1, integer(rng, 10, 80)))
+        case = Case(
+            f"large {seed}",
+            (integer(rng, 1, 3), integer(rng, 1, 20), integer(rng, 1, 40), c),
+            (*filter, c, m),
+            pick(rng, (stride, stride), pair(rng, 1, 4)),
+            padding(rng),
+            (dilation, dilation),
+        )
+        if legal(case):
+            return case, dtype, data_format
 
 
 def legal(case):
@@ -152,5 +173,17 @@ def test_beyond(seeds, record_property):
         case, dtype, data_format, implementation = beyond(seed)
         with named(case, dtype, data_format, implementation):
             for op, a, b, got in results(case, dtype, data_format, implementation):
+                worst = max(worst, case.check(op, got, case.expected(op, a, b), dtype))
+    record_property("worst", worst)
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="native_cpu was not compiled")
+@batches
+def test_large(seeds, record_property):
+    worst = 0.0
+    for seed in seeds:
+        case, dtype, data_format = large(seed)
+        with named(case, dtype, data_format):
+            for op, a, b, got in results(case, dtype, data_format, "native_cpu"):
                 worst = max(worst, case.check(op, got, case.expected(op, a, b), dtype))
     record_property("worst", worst)

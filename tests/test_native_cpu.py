@@ -89,6 +89,20 @@ def test_a_filter_for_each_problem_is_one_call(op):
 
 
 @compiled
+@pytest.mark.parametrize("op", ("forward", "input_grad"))
+def test_a_shared_filter_is_one_call(op):
+    """Of single images too, where XLA would not see that a copy of the result changes nothing."""
+    case = Case("single", (1, 5, 6, 3), (3, 3, 3, 2))
+    a, b = case.operands(op)
+    a, b, in_axes = (
+        (np.stack([a] * 4), b, (0, None)) if op == "forward" else (a, np.stack([b] * 4), (None, 0))
+    )
+    text = program(jax.vmap(functools.partial(case.run, op), in_axes), a, b)
+    assert text.count(f'custom_call_target="{TARGET}"') == 1
+    assert not {"transpose", "copy", "fusion"} & set(text.replace("(", " ").split())
+
+
+@compiled
 @every_op
 def test_channels_first_is_one_call(op):
     """No transpose in this layout either."""

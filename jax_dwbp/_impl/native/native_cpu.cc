@@ -17,6 +17,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -799,19 +800,23 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b,
                ffi::Span<const int64_t> window_strides, ffi::Span<const int64_t> low,
                ffi::Span<const int64_t> rhs_dilation, bool channels_first) {
   const Kernels* kernels = KernelsFor(a.element_type());
-  const size_t rank = a.dimensions().size();
-  if (!kernels || op < kForward || op > kFilterGrad || rank < 4 || rank > 5 ||
-      b.dimensions().size() != rank || result->dimensions().size() != rank) {
-    return ffi::Error::InvalidArgument("operands must be 4- or 5-dimensional arrays of floats");
-  }
   const ffi::AnyBuffer &x = op == kInputGrad ? *result : a;
   const ffi::AnyBuffer &f = op == kForward ? b : op == kInputGrad ? a : *result;
   const ffi::AnyBuffer &y = op == kForward ? *result : b;
+  const size_t rank = x.dimensions().size(), filter_rank = f.dimensions().size();
+  if (!kernels || op < kForward || op > kFilterGrad || rank < 4 || rank > 5 ||
+      y.dimensions().size() != rank || filter_rank < 4 || filter_rank > rank) {
+    return ffi::Error::InvalidArgument("operands must be 4- or 5-dimensional arrays of floats");
+  }
   // With an axis of problems, be it one of size 1.
   int64_t xs[5] = {1}, fs[5] = {1}, ys[5] = {1};
   std::copy(x.dimensions().begin(), x.dimensions().end(), xs + 5 - rank);
-  std::copy(f.dimensions().begin(), f.dimensions().end(), fs + 5 - rank);
+  std::copy(f.dimensions().begin(), f.dimensions().end(), fs + 5 - filter_rank);
   std::copy(y.dimensions().begin(), y.dimensions().end(), ys + 5 - rank);
+  if (filter_rank < rank) {
+    // All problems share the filter, and are one.
+    for (int64_t* shape : {xs, ys}) shape[1] *= std::exchange(shape[0], 1);
+  }
   const int height = channels_first ? 3 : 2;
   const Sizes sizes{xs[0], xs[1], fs[3], fs[4], fs[1], fs[2]};
   Axis axes[2];
