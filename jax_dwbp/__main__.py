@@ -18,12 +18,9 @@ JAX's environment variables apply, as JAX_PLATFORMS=cpu.
 import functools
 import importlib.metadata
 import math
-import os
 import platform
 import re
-import secrets
 import statistics
-import sys
 import time
 import zipfile
 from collections.abc import Callable, Sequence
@@ -35,6 +32,7 @@ import numpy as np
 from absl import app, flags
 
 import jax_dwbp
+from jax_dwbp import _command_line
 from jax_dwbp._spec import DTYPES
 
 _REPETITIONS = 20
@@ -43,17 +41,8 @@ _REPETITIONS = 20
 def main(argv: Sequence[str]) -> int:
     """Runs the command line `argv`, program name included, and returns the exit status."""
     values = _flag_values()
-    try:
-        _, *extra = values(argv)
-        if extra:
-            raise flags.Error(f"unexpected argument {extra[0]!r}: all arguments are --flag=value")
-        if values.help:
-            print(f"{__doc__}{values.get_help(include_special_flags=False)}")
-            return 0
-        return _run_on_files(values.flag_values_dict()) if len(argv) > 1 else _run_on_picture()
-    except (flags.Error, RuntimeError) as error:  # the latter is XLA's: no such device, no memory
-        print(f"jax_dwbp: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    run = _run_on_picture if len(argv) == 1 else lambda: _run_on_files(values.flag_values_dict())
+    return _command_line.main("jax_dwbp", __doc__, values, argv, run)
 
 
 # ---- The command line.
@@ -166,7 +155,10 @@ def _run_on_files(values: dict[str, Any]) -> int:
             [selection] = jax_dwbp.implementations(op, f, dy)
     except (TypeError, ValueError) as error:
         raise flags.Error(str(error)) from error
-    _save(output, dx)
+    is_archive = output.endswith(".npz")
+    _command_line.save(
+        "output", output, lambda file: np.savez(file, dx=dx) if is_archive else np.save(file, dx)
+    )
     print(f"{dx.shape} {dx.dtype} by {selection.runs} in {output}")
     return 0
 
@@ -186,7 +178,7 @@ def _load(name: str, location: str) -> np.ndarray:
     try:
         array = _read(location)
     except Exception as error:  # a damaged file can raise anything, zlib.error and EOFError too
-        message = f"--{name}={location}: can't read an array: {_reason(error)}"
+        message = f"--{name}={location}: can't read an array: {_command_line.reason(error)}"
         raise flags.Error(message) from error
     if array.dtype == np.dtype("V2"):  # as np.save writes it
         return array.view(jnp.bfloat16)
@@ -211,28 +203,6 @@ def _read(location: str) -> np.ndarray:
             raise ValueError(f"the file has {names}, name one as file.npz:name")
         with archive.open(f"{name}.npy") as file:
             return np.lib.format.read_array(file)
-
-
-def _save(output: str, array: np.ndarray) -> None:
-    """Writes the whole file or, on any error, nothing."""
-    temporary = f"{output}.{secrets.token_hex(4)}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            if output.endswith(".npz"):
-                np.savez(file, dx=array)
-            else:
-                np.save(file, array)
-        os.replace(temporary, output)
-    except OSError as error:
-        raise flags.Error(f"--output={output}: {_reason(error)}") from error
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def _reason(error: Exception) -> object:
-    """What to say of `error`: of the system's, the text without its number and the file again."""
-    return getattr(error, "strerror", None) or error
 
 
 # ---- The op on a picture, with its checks.

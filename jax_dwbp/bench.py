@@ -34,7 +34,6 @@ import math
 import os
 import platform
 import re
-import secrets
 import statistics
 import sys
 import time
@@ -47,6 +46,7 @@ import numpy as np
 from absl import flags
 
 import jax_dwbp
+from jax_dwbp import _command_line
 from jax_dwbp._spec import DTYPES
 
 _Row = dict[str, Any]  # the figures of one contestant, for --json
@@ -510,18 +510,12 @@ def _cpu_model() -> str:
 def main(argv: Sequence[str]) -> int:
     """Runs the command line `argv`, program name included, and returns the exit status."""
     values = _flag_values()
-    try:
-        _, *extra = values(argv)
-        if extra:
-            raise flags.Error(f"unexpected argument {extra[0]!r}: all arguments are --flag=value")
-        if values.help:
-            print(f"{__doc__}{values.get_help(include_special_flags=False)}")
-            return 0
+
+    def run() -> int:
         with jax.enable_x64(values.dtype == "float64"):
             return _run(values)
-    except (flags.Error, RuntimeError) as error:  # the latter is XLA's: no such device, no memory
-        print(f"jax_dwbp.bench: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+
+    return _command_line.main("jax_dwbp.bench", __doc__, values, argv, run)
 
 
 def _flag_values() -> flags.FlagValues:
@@ -580,9 +574,11 @@ def _run(values: flags.FlagValues) -> int:
         rows = [
             row for group in groups.values() for cells in group.values() for row in cells.values()
         ]
-        _save("json", values.json, json.dumps({"meta": meta, "rows": rows}, indent=1).encode())
+        text = json.dumps({"meta": meta, "rows": rows}, indent=1)
+        _command_line.save("json", values.json, lambda file: file.write(text.encode()))
     if values.plot is not None and groups:
-        _save("plot", values.plot, _plot(groups, rate))
+        picture = _plot(groups, rate)
+        _command_line.save("plot", values.plot, lambda file: file.write(picture))
     return 1 if mismatches else 0
 
 
@@ -627,7 +623,7 @@ def _peers(names: Sequence[str] | None, dtype: str) -> list[str]:
 
 
 def _check_output(flag: str, path: str | None) -> None:
-    """That `_save` is going to succeed, before it costs the time of the measurement."""
+    """That saving is going to succeed, before it costs the time of the measurement."""
     if path is None:
         return
     directory = os.path.dirname(path) or "."
@@ -636,20 +632,6 @@ def _check_output(flag: str, path: str | None) -> None:
         raise flags.Error(f"--{flag}={path}: not a file in a directory that can be written")
     if flag == "plot" and importlib.util.find_spec("matplotlib") is None:
         raise flags.Error(f"--plot={path}: matplotlib is not installed")
-
-
-def _save(flag: str, path: str, content: bytes) -> None:
-    """Writes the whole file or, on any error, nothing."""
-    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise flags.Error(f"--{flag}={path}: {error.strerror or error}") from error
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ JAX_DWBP_FUZZ is how many of each kind, 60 by default. A failure names its confi
 
 import contextlib
 import os
+from typing import Any
 
 import jax
 import numpy as np
@@ -85,11 +86,11 @@ def large(seed):
         c = pick(rng, 8, 16, 32, 48, integer(rng, 1, 70))
         m = pick(rng, 1, 1, 1, 2, 3, 4, 8)
         stride, dilation = integer(rng, 1, 2), pick(rng, 1, 1, 1, integer(rng, 2, 3))
-        filter = pick(rng, (3, 3), (5, 5), (7, 7), pair(rng, 1, 9), (1, integer(rng, 10, 80)))
+        kernel = pick(rng, (3, 3), (5, 5), (7, 7), pair(rng, 1, 9), (1, integer(rng, 10, 80)))
         case = Case(
             f"large {seed}",
             (integer(rng, 1, 3), integer(rng, 1, 20), integer(rng, 1, 40), c),
-            (*filter, c, m),
+            (*kernel, c, m),
             pick(rng, (stride, stride), pair(rng, 1, 4)),
             padding(rng),
             (dilation, dilation),
@@ -111,7 +112,7 @@ def legal(case):
     )
 
 
-def pick(rng, *choices):
+def pick(rng, *choices: Any) -> Any:
     return choices[rng.integers(len(choices))]
 
 
