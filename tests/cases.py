@@ -17,6 +17,7 @@ import numpy as np
 import reference
 
 import jax_dwbp
+from jax_dwbp import bench
 
 OPS = ("forward", "input_grad", "filter_grad")
 # native_cpu is there if it could be compiled where the package was installed.
@@ -274,21 +275,14 @@ FRAMEWORKS = (
     Case("torch_naive_groups", (2, 6, 6, 2), (3, 3, 2, 2), padding="VALID"),
     Case("torch_backward", (2, 4, 20, 2), (3, 5, 2, 1), padding="VALID"),
 )
-# Layers of networks, at batch 8 or what fits the machine: (name, H, C, K, stride, M).
+# Those of the benchmark, of a single image.
 LAYERS = tuple(
-    Case(name, (n, hw, hw, c), (k, k, c, m), (s, s))
-    for name, n, hw, c, k, s, m in (
-        ("mobilenetv2_112x32", 8, 112, 32, 3, 1, 1),
-        ("mobilenetv2_112x96_s2", 8, 112, 96, 3, 2, 1),
-        ("mobilenetv2_56x144", 8, 56, 144, 3, 1, 1),
-        ("efficientnet_28x192_5x5_s2", 8, 28, 192, 5, 2, 1),
-        ("efficientnet_28x240_5x5", 8, 28, 240, 5, 1, 1),
-        ("mobilenetv2_14x576", 8, 14, 576, 3, 1, 1),
-        ("mobilenetv2_7x960", 8, 7, 960, 3, 1, 1),
-        ("convnext_56x96_7x7", 8, 56, 96, 7, 1, 1),
-        ("convnext_14x384_7x7", 8, 14, 384, 7, 1, 1),
-        ("replknet_28x128_31x31", 4, 28, 128, 31, 1, 1),
-        ("multiplier2_56x32", 8, 56, 32, 3, 1, 2),
-        ("batch1_56x144", 1, 56, 144, 3, 1, 1),
+    Case(
+        layer.name,
+        (1, layer.height, layer.width, layer.channels),
+        (*layer.kernel, layer.channels, layer.multiplier),
+        (layer.stride, layer.stride),
+        layer.padding,
     )
+    for layer in bench.LAYERS
 )
