@@ -15,13 +15,13 @@ and b, and let u be the cotangent of its result, shaped like v. Then <u, op(a, b
     the cotangent of a is the op that leaves out a, at (b, u);
     the cotangent of b is the op that leaves out b, at (a, u), each in the order (x, f, dy).
 
-The set is closed, hence derivatives of every order. The same holds if all arrays have a leading
-axis of independent problems, which is what `vmap` over filters adds.
+The set is closed, hence derivatives of every order. The same holds if arrays have a leading axis of
+independent problems, which is what `vmap` adds; a filter without one is shared by all problems.
 
 The call is jit > custom_vjp > primitive. Without the jit an eager gradient would compute cotangents
 that nobody asked for, and an eager call would pay for custom_vjp. The primitive keeps tracing
 cheap: its implementation is traced only for the platforms that are lowered for. (Ten layers with
-the taps in the jaxpr: 700 ms to trace forward and gradient. lax 53 ms, the primitive 44 ms.)
+the taps in the jaxpr take 16 times as long to trace, forward and gradient.)
 """
 
 import dataclasses
@@ -129,7 +129,7 @@ def _cotangent(u: Any, a: Any, b: Any, *, index: int, op: Op, spec: ConvSpec) ->
         u, other = (_join(u), _join(other))
     known = {OPERANDS[op][1 - index]: other, _LEFT_OUT[op]: u}
     derivative = _LEAVES_OUT[OPERANDS[op][index]]
-    return _bind(derivative, spec, *(known[operand] for operand in OPERANDS[derivative]))
+    return _bind(derivative, spec, *(known[name] for name in OPERANDS[derivative]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -84,7 +84,7 @@ class ConvSpec:
     def result_shape(
         self, op: Op, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
     ) -> tuple[int, ...]:
-        """The shape of what `op` computes, with the problem axis of its operands if any."""
+        """The shape of what `op` computes, with the problem axis of x or dy if they have one."""
         if op == "filter_grad":
             return (*a_shape[:-4], *self.kernel_spatial, self.channels, self.multiplier)
         if op == "forward":

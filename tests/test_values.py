@@ -75,13 +75,15 @@ def test_input_sizes_decide_between_inputs():
         np.testing.assert_array_equal(dx[0, :, 0, 0], ([1, 1, 1, 0, 1, 1, 1, 0, 0])[:height])
 
 
-def test_nonfinite_values_stay_where_they_are():
+@every_implementation
+@pytest.mark.parametrize("channels", (1, 16))
+def test_nonfinite_values_stay_where_they_are(implementation, channels):
     """An infinity or a NaN of the data reaches what its windows touch, through every sum."""
     for size in (3, 9):  # unrolled and looped over
-        x = np.zeros((1, 24, 24, 1), np.float32)
+        x = np.zeros((1, 24, 24, channels), np.float32)
         x[0, 12, 12, 0] = np.inf
-        f = np.ones((size, size, 1, 1), np.float32)
-        y = jax_dwbp.depthwise_conv2d_native(x, f, (1, 1), "SAME", implementation="xla_taps")
+        f = np.ones((size, size, channels, 1), np.float32)
+        y = jax_dwbp.depthwise_conv2d_native(x, f, (1, 1), "SAME", implementation=implementation)
         expected = np.zeros((24, 24), np.float32)
         reach = size // 2
         expected[12 - reach : 13 + reach, 12 - reach : 13 + reach] = np.inf

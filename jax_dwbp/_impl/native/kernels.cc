@@ -56,8 +56,9 @@ constexpr int64_t kChain = 7;
 constexpr int kLevels = 24;
 // Filters with more columns skip those that meet only padding.
 constexpr int64_t kSkip = 8;
-// As many as arrays that are read in place have, at most. Those that are packed need no border.
+// What has more is packed, and there the border is only an optimization.
 constexpr int64_t kBorderTaps = 64;
+static_assert(kInPlaceTaps <= kBorderTaps && COLUMNS <= 8);
 
 template <typename T>
 struct Vector {
@@ -389,11 +390,6 @@ struct Run {
 template <int kTaps, int kStride, int kColumns>
 constexpr int kLines = kStride * (kColumns - 1) + kTaps;
 
-template <int kTaps, int kStride, int kColumns>
-INLINE constexpr bool IsRead(int line) {
-  return line - Min(line / kStride, kColumns - 1) * kStride < kTaps;
-}
-
 template <typename T>
 INLINE typename Vector<T>::type Load(const char* from) {
   return *reinterpret_cast<const typename Vector<T>::unaligned*>(from);
@@ -424,7 +420,6 @@ INLINE void AddRow(Sums<T, kRows, kColumns>& sums, const char* row, const T* con
     const char* read = row + begin->read;
     AS_POINTER(read);
     UNROLL for (int l = 0; l < kLines<kTaps, kStride, kColumns>; ++l, read += in.line_bytes) {
-      if (!IsRead<kTaps, kStride, kColumns>(l)) continue;
       if (kBorder && !(run.lines >> l & 1)) continue;
       V x = Load<T>(read);
       IN_REGISTER(x);
@@ -551,7 +546,7 @@ INLINE void ConvolveColumns(const Convolution& conv, int64_t t) {
   run.lines = 0;
   for (int line = 0; kTaps > 0 && line < kLines<kTaps, kStride, kColumns>; ++line) {
     // A column and a tap that meet there, as good as any.
-    const int column = Min(line / kStride, kColumns - 1), tap = Min(line - column * kStride, kTaps - 1);
+    const int column = Min(line / kStride, kColumns - 1), tap = line - column * kStride;
     run.lines |= static_cast<uint32_t>(run.meets[tap] >> column & 1) << line;
   }
   ConvolveRun<T, kTaps, kStride, true, kRows, kColumns>(conv, run);
@@ -678,7 +673,7 @@ void Correlate(const Correlation& corr) {
     Group<T> group;
     group.begin = group.all_begin = tap->begin, group.end = group.all_end = tap->end;
     // First what changes from one column to the next, then what has come of it.
-    for (int64_t t = 0; t <= corr.columns; ++t) group.meet[t] = 0;
+    for (int64_t t = 0; !corr.in.packed && t <= corr.columns; ++t) group.meet[t] = 0;
     for (int64_t i = 0; i < count; ++i) {
       group.reads[i] = corr.in.rows[row] + tap->read;
       group.sums[i] = reinterpret_cast<T*>(corr.sums[row] + tap->weight);
@@ -686,11 +681,13 @@ void Correlate(const Correlation& corr) {
       group.end = Max(group.end, tap->end);
       group.all_begin = Max(group.all_begin, tap->begin);
       group.all_end = Min(group.all_end, tap->end);
-      group.meet[tap->begin] ^= uint32_t{1} << i;
-      group.meet[tap->end] ^= uint32_t{1} << i;
+      if (!corr.in.packed) {
+        group.meet[tap->begin] ^= uint32_t{1} << i;
+        group.meet[tap->end] ^= uint32_t{1} << i;
+      }
       if (++tap == end) tap = corr.taps, ++row;
     }
-    for (int64_t t = 1; t < corr.columns; ++t) group.meet[t] ^= group.meet[t - 1];
+    for (int64_t t = 1; !corr.in.packed && t < corr.columns; ++t) group.meet[t] ^= group.meet[t - 1];
     if (corr.in.packed) group.all_begin = group.begin, group.all_end = group.end;
     CorrelateSome<T, TAPS>(corr, group, count, g == 0);
   }

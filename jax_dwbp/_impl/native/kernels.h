@@ -58,6 +58,10 @@ struct Source {
   Ahead ahead;
 };
 
+// Taps of a filter that reads in place. Larger ones meet a line so often that packing it, close to
+// others, saves more than it costs.
+constexpr int64_t kInPlaceTaps = 49;
+
 // A running sum over columns has at most so many.
 constexpr int64_t kReductionColumns = 128;
 

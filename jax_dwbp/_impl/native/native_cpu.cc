@@ -42,8 +42,6 @@ constexpr int64_t kTileColumns = 84;
 constexpr int64_t kKeptBytes = 2 << 20;
 // Lines that one thread multiplies in the time that it takes to wake another.
 constexpr int64_t kSmall = 1 << 14;
-// Larger filters meet a line so often that packing it, close to others, saves more than it costs.
-constexpr int64_t kInPlaceTaps = 49;
 // The filter gradient is reduced in parts, to have this many tasks, whatever the number of threads:
 // the result may not depend on it. Their sums take at most so many bytes.
 constexpr int64_t kReductionTasks = 32;
@@ -218,14 +216,15 @@ void PreferHugePages(char* data, int64_t bytes) {
 // ---------------------------------------------------------------------------------------------------
 // Threads.
 
-// A share of the tasks for each thread, so that from call to call a thread meets what its caches hold.
+// A share of the tasks for each thread. The calling thread has the first: where there are two, each
+// meets in its caches what it left there at the call before.
 struct Loop {
   struct alignas(64) Share {
     std::atomic<int64_t> next;
     int64_t end;
   };
   std::vector<Share> shares;
-  std::atomic<int64_t> workers{0}, done{0};
+  std::atomic<int64_t> done{0};
   std::mutex mutex;
   std::condition_variable finished;
 
@@ -236,13 +235,15 @@ struct Loop {
     }
   }
 
-  // Runs body(i) for all tasks i that are left, those of a share of its own first. Returns how many.
+  // Runs body(i) for all tasks i that are left, those of the share `own` first. Returns how many.
   template <typename Body>
-  int64_t Run(const Body& body) {
-    const int64_t own = workers.fetch_add(1), all = shares.size();
+  int64_t Run(int64_t own, const Body& body) {
+    const int64_t all = shares.size();
     int64_t ran = 0;
     for (int64_t i = 0; i < all; ++i) {
       Share& share = shares[(own + i) % all];
+      // Where nothing is left, nothing is written: others may be looking too.
+      if (share.next.load(std::memory_order_relaxed) >= share.end) continue;
       for (int64_t task; (task = share.next.fetch_add(1)) < share.end; ++ran) body(task);
     }
     return ran;
@@ -254,14 +255,14 @@ struct Loop {
 template <typename Body>
 bool ParallelFor(ffi::ThreadPool& pool, int64_t threads, int64_t count, int64_t lines,
                  const Body& body) {
-  threads = std::min(threads, count);
+  threads = std::max<int64_t>(std::min(threads, count), 1);  // a host may have no pool
   auto loop = std::make_shared<Loop>(count, threads);
   std::atomic<bool> failed{false};
   // A helper that comes late finds nothing left to do, and no longer looks at what this call owns.
-  const auto work = [loop, count, lines, &body, &failed] {
+  const auto work = [loop, count, lines, &body, &failed](int64_t own) {
     static thread_local Scratch scratch;
     scratch.filter = -1;
-    const int64_t ran = loop->Run([&](int64_t task) {
+    const int64_t ran = loop->Run(own, [&](int64_t task) {
       if (scratch.Lines(lines)) {
         body(scratch, task);
       } else {
@@ -275,8 +276,10 @@ bool ParallelFor(ffi::ThreadPool& pool, int64_t threads, int64_t count, int64_t 
       loop->finished.notify_one();
     }
   };
-  for (int64_t helper = 1; helper < threads; ++helper) pool.Schedule([work] { work(); });
-  work();
+  for (int64_t helper = 1; helper < threads; ++helper) {
+    pool.Schedule([work, helper] { work(helper); });
+  }
+  work(0);
   // The others finish at about the same time, so it may not be worth going to sleep.
   for (int spin = 0; spin < 2000 && loop->done.load() < count; ++spin) {
 #ifdef JAX_DWBP_X86
@@ -627,7 +630,7 @@ bool Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
     }
   }
   const int64_t ring_lines = in_place ? 0 : task_blocks * ring.block;
-  const int64_t dy_lines = task_blocks * m_count * dy_plane;
+  const int64_t dy_lines = in_place && dy_in_place ? 0 : task_blocks * m_count * dy_plane;
   const int64_t task_sum_lines = task_blocks * m_count * sum_plane;
   const int64_t lines = ring_lines + dy_lines + task_sum_lines;
   const int64_t work = sum_lines * all_rows * columns.Count();
