@@ -176,16 +176,15 @@ def _batch(operands, dims, *, op, spec):
         for operand, dim in zip(operands, dims, strict=True)
     ]
     size = operands[dims[0] is None].shape[0]
-    filters = [operand for name, operand in zip(OPERANDS[op], operands, strict=True) if name == "f"]
-    shared = ("f", None) in zip(OPERANDS[op], dims, strict=True) and filters[0].ndim == 4
+    ranks = [operand.ndim for operand in operands]
+    shared = ("f", None, 4) in zip(OPERANDS[op], dims, ranks, strict=True)
     if not shared:
         operands = [
             jnp.broadcast_to(operand, (size, *operand.shape)) if dim is None else operand
             for operand, dim in zip(operands, dims, strict=True)
         ]
     shape = spec.result_shape(op, *(operand.shape for operand in operands))
-    ranks = {operand.ndim for operand in operands}
-    if ranks == {5, 6}:
+    if {operand.ndim for operand in operands} == {5, 6}:
         # Inner problems share each of the filters.
         operands = [_join(x, 1) if x.ndim == 6 else x for x in operands]
     else:
