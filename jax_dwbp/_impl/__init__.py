@@ -1,4 +1,4 @@
-"""One module per implementation; its stem is its name.
+"""One module per implementation; its stem is its name. `taps` is what those that sum taps share.
 
 Each has `unsupported(op, spec, platform)`, the reason why it can't run or None, and one function
 per op on canonical data: C-order NHWC with a leading axis of G independent problems, no empty

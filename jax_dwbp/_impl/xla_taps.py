@@ -3,23 +3,19 @@
 Everything is elementwise in the channels, so a multiplier becomes C*M independent lanes: x is
 repeated M times beforehand, or the M lanes of each channel are summed afterwards.
 
-Strides need no zero-dilated dy. Of the input rows i = a + stride*t, phase a meets only the filter
-rows k with (a + low - dilation*k) divisible by the stride, at the output row
-t + (a + low - dilation*k) / stride. So each phase is a dense sum of its own taps, and the phases
-are interleaved at the end.
-
 Rounding: products are summed along a row of at most `_CHAIN` taps, rows pairwise, so an error grows
 with the logarithm of the filter's size and not with the size.
 """
 
 import functools
 import math
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_dwbp._impl.taps import Tap, axes, meeting
 from jax_dwbp._spec import ConvSpec, Op, Pair
 
 T = TypeVar("T")
@@ -45,11 +41,6 @@ _REDUCED = 9
 _MAX_RUN, _RUN = 128, 64
 
 
-class _Tap(NamedTuple):
-    k: int  # index into the filter
-    offset: int  # where the tap's slice starts, before padding
-
-
 def unsupported(op: Op, spec: ConvSpec, platform: str | None) -> str | None:
     del platform
     r, s = spec.kernel_spatial
@@ -67,7 +58,7 @@ def unsupported(op: Op, spec: ConvSpec, platform: str | None) -> str | None:
 
 
 def forward(spec: ConvSpec, x: jax.Array, f: jax.Array) -> jax.Array:
-    rows, cols = _forward_taps(spec)
+    rows, cols = (axis.phases[0] for axis in axes("forward", spec))
     y = _weighted_sum(
         _widen(_repeat(x, spec.multiplier)),
         _widen(_lanes(f)),
@@ -80,18 +71,21 @@ def forward(spec: ConvSpec, x: jax.Array, f: jax.Array) -> jax.Array:
 
 
 def input_grad(spec: ConvSpec, f: jax.Array, dy: jax.Array) -> jax.Array:
-    row_phases, col_phases = (_phases(spec, axis) for axis in range(2))
+    row_axis, col_axis = axes("input_grad", spec)
     h, w = spec.in_spatial
     stride_h, stride_w = spec.window_strides
-    counts = -(-h // stride_h), -(-w // stride_w)
+    counts = row_axis.count, col_axis.count
     wide_f, wide_dy = _widen(_lanes(f)), _widen(dy)
     dx = jnp.stack(
         [
             jnp.stack(
-                [_weighted_sum(wide_dy, wide_f, rows, cols, counts, (1, 1)) for cols in col_phases],
+                [
+                    _weighted_sum(wide_dy, wide_f, rows, cols, counts, (1, 1))
+                    for cols in col_axis.phases
+                ],
                 axis=4,
             )
-            for rows in row_phases
+            for rows in row_axis.phases
         ],
         axis=3,
     )  # [G,N,counts[0],stride_h,counts[1],stride_w,C*M]
@@ -102,7 +96,7 @@ def input_grad(spec: ConvSpec, f: jax.Array, dy: jax.Array) -> jax.Array:
 
 
 def filter_grad(spec: ConvSpec, x: jax.Array, dy: jax.Array) -> jax.Array:
-    rows, cols = _forward_taps(spec)
+    rows, cols = (axis.phases[0] for axis in axes("filter_grad", spec))
     problems, _, p, q, lanes = dy.shape
     shape = (*spec.kernel_spatial, problems, spec.channels, spec.multiplier)
     if not rows or not cols:
@@ -166,57 +160,19 @@ def _lanes(f: jax.Array) -> jax.Array:
     return f.reshape(*f.shape[:3], f.shape[3] * f.shape[4])
 
 
-def _meeting(
-    size: int, kernel: int, out: int, stride: int, pads: Pair, dilation: int
-) -> tuple[int, int]:
-    """The first and the last tap that meet the input, in a filter larger by any factor."""
-    # -(out - 1) * stride <= k * dilation - low < size
-    first = max(0, -(((out - 1) * stride - pads[0]) // dilation))
-    return first, min(kernel - 1, (size - 1 + pads[0]) // dilation)
-
-
 def _padded_size(size: int, kernel: int, out: int, stride: int, pads: Pair, dilation: int) -> int:
     """What `_pad` makes of the axis."""
-    first, last = _meeting(size, kernel, out, stride, pads, dilation)
+    first, last = meeting(size, kernel, out, stride, pads, dilation)
     low = max(0, pads[0] - first * dilation)
     high = max(0, last * dilation - pads[0] + (out - 1) * stride + 1 - size)
     return low + size + high if first <= last else 0
 
 
-def _forward_taps(spec: ConvSpec) -> tuple[list[_Tap], list[_Tap]]:
-    """The taps that meet the input at all: of x they read offset, offset + stride, ..."""
-    rows, cols = [], []
-    for taps, axis in zip((rows, cols), spec.axes(), strict=True):
-        *_, (low, _), dilation = axis
-        first, last = _meeting(*axis)
-        taps += [_Tap(k, k * dilation - low) for k in range(first, last + 1)]
-    return rows, cols
-
-
-def _phases(spec: ConvSpec, axis: int) -> list[list[_Tap]]:
-    """For each phase of the input axis, the taps that meet dy, from `offset` on."""
-    size, kernel, out, stride, (low, _), dilation = spec.axes()[axis]
-    count = -(-size // stride)
-    phases = []
-    for a in range(stride):
-        # -count < offset < out, in a filter that may be larger by any factor
-        first = max(0, (a + low - out * stride) // dilation + 1)
-        last = min(kernel - 1, -((-(a + low) - count * stride) // dilation) - 1)
-        phases.append(
-            [
-                _Tap(k, (a + low - k * dilation) // stride)
-                for k in range(first, last + 1)
-                if (a + low - k * dilation) % stride == 0
-            ]
-        )
-    return phases
-
-
 def _weighted_sum(
     a: jax.Array,
     f: jax.Array,
-    rows: list[_Tap],
-    cols: list[_Tap],
+    rows: list[Tap],
+    cols: list[Tap],
     counts: Pair,
     strides: Pair,
 ) -> jax.Array:
@@ -243,7 +199,7 @@ def _weighted_sum(
 
     # The taps of a phase are evenly spaced. Loops in loops sum them, so that no running sum has
     # more than `_RADIX` terms at any level.
-    first, step = rows[0], _Tap(rows[1].k - rows[0].k, rows[1].offset - rows[0].offset)
+    first, step = rows[0], Tap(rows[1].k - rows[0].k, rows[1].offset - rows[0].offset)
     zeros = lax.full_like(a, 0, shape=shape)
 
     def add(total, start, span):
@@ -263,8 +219,8 @@ def _weighted_sum(
 
 
 def _pad(
-    a: jax.Array, rows: list[_Tap], cols: list[_Tap], counts: Pair, strides: Pair
-) -> tuple[jax.Array, list[_Tap], list[_Tap]]:
+    a: jax.Array, rows: list[Tap], cols: list[Tap], counts: Pair, strides: Pair
+) -> tuple[jax.Array, list[Tap], list[Tap]]:
     """`a` with the zeros that the taps read beyond its edges, and the taps' offsets into it."""
     config, shifted = [(0, 0, 0)] * 5, []
     for axis, taps in ((2, rows), (3, cols)):
@@ -272,7 +228,7 @@ def _pad(
         span = (counts[axis - 2] - 1) * strides[axis - 2] + 1
         low, high = max(0, -min(offsets)), max(0, max(offsets) + span - a.shape[axis])
         config[axis] = (low, high, 0)
-        shifted.append([_Tap(tap.k, tap.offset + low) for tap in taps])
+        shifted.append([Tap(tap.k, tap.offset + low) for tap in taps])
     return lax.pad(a, jnp.zeros((), a.dtype), config), *shifted
 
 

@@ -1,0 +1,70 @@
+"""Which rows of its source each row of a result meets: what implementations that sum taps share.
+
+Strides need no zero-dilated dy. Of the input rows i = a + stride*t, phase a meets only the filter
+rows k with (a + low - dilation*k) divisible by the stride, at the output row
+t + (a + low - dilation*k) / stride. So each phase is a dense sum of its own taps, and the phases
+are interleaved at the end.
+"""
+
+from typing import NamedTuple
+
+from jax_dwbp._spec import ConvSpec, Op, Pair
+
+
+class Tap(NamedTuple):
+    k: int  # index into the filter
+    offset: int  # where the tap's slice of the source starts, before padding
+
+
+class Axis(NamedTuple):
+    """The result row a + len(phases)*t sums, for each tap of phases[a], f[tap.k] times the source
+    row tap.offset + step*t, which is zero where there is none."""
+
+    source: int  # rows
+    result: int
+    step: int
+    phases: list[list[Tap]]  # without the taps that meet no source at all
+
+    @property
+    def count(self) -> int:
+        """The rows of the longest phase."""
+        return -(-self.result // len(self.phases))
+
+
+def axes(op: Op, spec: ConvSpec) -> tuple[Axis, Axis]:
+    """Of height and width: from x for forward and filter_grad, from dy for input_grad."""
+    axis = _input_grad if op == "input_grad" else _forward
+    rows, columns = (axis(*a) for a in spec.axes())
+    return rows, columns
+
+
+def meeting(
+    size: int, kernel: int, out: int, stride: int, pads: Pair, dilation: int
+) -> tuple[int, int]:
+    """The first and the last tap that meet the input, in a filter larger by any factor."""
+    # -(out - 1) * stride <= k * dilation - low < size
+    first = max(0, -(((out - 1) * stride - pads[0]) // dilation))
+    return first, min(kernel - 1, (size - 1 + pads[0]) // dilation)
+
+
+def _forward(size: int, kernel: int, out: int, stride: int, pads: Pair, dilation: int) -> Axis:
+    first, last = meeting(size, kernel, out, stride, pads, dilation)
+    taps = [Tap(k, k * dilation - pads[0]) for k in range(first, last + 1)]
+    return Axis(size, out, stride, [taps])
+
+
+def _input_grad(size: int, kernel: int, out: int, stride: int, pads: Pair, dilation: int) -> Axis:
+    low, count = pads[0], -(-size // stride)
+    phases = []
+    for a in range(stride):
+        # -count < offset < out, in a filter that may be larger by any factor
+        first = max(0, (a + low - out * stride) // dilation + 1)
+        last = min(kernel - 1, -((-(a + low) - count * stride) // dilation) - 1)
+        phases.append(
+            [
+                Tap(k, (a + low - k * dilation) // stride)
+                for k in range(first, last + 1)
+                if (a + low - k * dilation) % stride == 0
+            ]
+        )
+    return Axis(out, size, 1, phases)
