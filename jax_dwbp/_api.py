@@ -286,8 +286,8 @@ def implementations(
 
     arrays = [x for x, t in zip(leaves, traced, strict=True) if t]
     return [
-        Selection(op, *_dispatch.explain(op, spec, platform))
-        for op, spec in _rules.ops_in(call, arrays)
+        Selection(op, *_dispatch.explain(op, spec, platform, a, b))
+        for op, spec, a, b in _rules.ops_in(call, arrays)
     ]
 
 
@@ -334,7 +334,7 @@ def _apply(
     op: Op, spec: ConvSpec, a: jax.Array, b: jax.Array, name: Any, forward_mode: Any
 ) -> jax.Array:
     if spec.implementation is not None:
-        _dispatch.select(op, spec, None)  # what no platform can do is refused here
+        _dispatch.select(op, spec, None, a, b)  # what no platform can do is refused here
     if not isinstance(forward_mode, bool):
         raise TypeError(f"`forward_mode` must be True or False, got {brief(forward_mode)}")
     if name is not None and not isinstance(name, str):

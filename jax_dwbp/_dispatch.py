@@ -4,6 +4,7 @@ Implementations see canonical data: layouts, empty operands and single problems 
 """
 
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,6 @@ from jax_dwbp._impl import native_cpu, xla_taps
 from jax_dwbp._spec import OPERANDS, ConvSpec, Op, brief
 
 _IMPLEMENTATIONS = {"lax": lax_convolution, "xla_taps": xla_taps, "native_cpu": native_cpu}
-# Calls that XLA can't look into: it can neither partition them nor export them to where this
-# package is not installed. They take operands as they come.
-_OPAQUE = {"native_cpu"}
 # Best first. On a CPU (2 cores, AVX-512, float32, layers of networks at batch 8), native_cpu takes
 # a half to a 50th of the time of xla_taps, but for one result of 38 MB, where the memory is what
 # takes the time; xla_taps takes a third to a 450th of lax's, and more than that only for a single
@@ -27,17 +25,39 @@ _DEFAULT_PREFERENCE = ("lax", "xla_taps", "native_cpu")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
+class Program(NamedTuple):
+    """What the program that an op is lowered into has to allow."""
+
+    partitioned: bool = False  # XLA divides it among devices
+    exported: bool = False  # it has to run where this package is not installed, and later
+
+
+_ANY = Program()
+
+
+# What XLA can't look into, so that it can't partition it.
+_KERNELS = {"native_cpu"}
+# Calls that JAX does not promise to keep stable, or that need this package.
+_UNSTABLE = {"native_cpu"}
+
+
 def explain(
-    op: Op, spec: ConvSpec, platform: str | None, transparent: bool = False
+    op: Op, spec: ConvSpec, platform: str | None, a: Any, b: Any, program: Program = _ANY
 ) -> tuple[str | None, dict[str, str | None]]:
     """The implementation that runs `op`, if any, and for each in the order of preference why not.
 
-    A platform of None stands for any, so what it can't run nobody can. If the program has to be
-    `transparent` to XLA, opaque calls are made only where they are asked for by name.
+    Of the operands only the shape and the dtype are read. A platform of None stands for any, so
+    what it can't run nobody can. What `program` rules out runs only where it is asked for by name.
     """
     names = _PREFERENCE.get(platform or "", _DEFAULT_PREFERENCE)
-    reasons = {name: _IMPLEMENTATIONS[name].unsupported(op, spec, platform) for name in names}
-    requested = spec.implementation or [n for n in names if not (transparent and n in _OPAQUE)]
+    operands = _canonical_shapes(op, spec, a, b)
+    reasons = {
+        name: _IMPLEMENTATIONS[name].unsupported(op, spec, platform, *operands) for name in names
+    }
+    ruled_out = (_KERNELS if program.partitioned else set()) | (
+        _UNSTABLE if program.exported else set()
+    )
+    requested = spec.implementation or [name for name in names if name not in ruled_out]
     for name in requested:
         if name not in reasons:
             raise ValueError(
@@ -46,9 +66,11 @@ def explain(
     return next((name for name in requested if reasons[name] is None), None), reasons
 
 
-def select(op: Op, spec: ConvSpec, platform: str | None, transparent: bool = False) -> str:
+def select(
+    op: Op, spec: ConvSpec, platform: str | None, a: Any, b: Any, program: Program = _ANY
+) -> str:
     """The name of the implementation that runs `op`, or NotImplementedError with the reasons."""
-    runs, reasons = explain(op, spec, platform, transparent)
+    runs, reasons = explain(op, spec, platform, a, b, program)
     if runs is None:
         requested = dict.fromkeys(spec.implementation or reasons)
         why = "; ".join(f"{name}: {reasons[name]}" for name in requested)
@@ -57,12 +79,7 @@ def select(op: Op, spec: ConvSpec, platform: str | None, transparent: bool = Fal
 
 
 def run(
-    op: Op,
-    spec: ConvSpec,
-    platform: str | None,
-    transparent: bool,
-    a: jax.Array,
-    b: jax.Array,
+    op: Op, spec: ConvSpec, platform: str | None, program: Program, a: jax.Array, b: jax.Array
 ) -> jax.Array:
     """Runs `op` on its two operands in the caller's layout, with or without a problem axis.
 
@@ -71,21 +88,20 @@ def run(
     shape = spec.result_shape(op, a.shape, b.shape)
     if 0 in (*shape, *a.shape, *b.shape):
         return jnp.zeros(shape, a.dtype)
-    selected = select(op, spec, platform, transparent)
+    selected = select(op, spec, platform, a, b, program)
     implementation = getattr(_IMPLEMENTATIONS[selected], op)
-    if selected in _OPAQUE:
+    if selected == "native_cpu":
+        # It takes operands as they come.
         return implementation(spec, a, b)
 
     def canonical(a: jax.Array, b: jax.Array) -> jax.Array:
-        channels_first = spec.data_format == "NCHW"
-        single = 4 in (a.ndim, b.ndim)
         operands = []
         for name, x in zip(OPERANDS[op], (a, b), strict=True):
-            if single:
-                x = x.reshape(1, math.prod(x.shape[:-3]), *x.shape[-3:])
-            operands.append(jnp.moveaxis(x, 2, 4) if channels_first and name != "f" else x)
+            if 4 in (a.ndim, b.ndim):
+                x = x.reshape(_one_problem(x.shape))
+            operands.append(jnp.moveaxis(x, 2, 4) if _channels_first(spec, name) else x)
         result = implementation(spec, *operands)
-        if channels_first and op != "filter_grad":
+        if op != "filter_grad" and spec.data_format == "NCHW":
             result = jnp.moveaxis(result, 4, 2)
         return result.reshape(shape)
 
@@ -99,3 +115,24 @@ def run(
         always = (first == first) | (first != first)
         return lax.cond(always, canonical, lambda a, b: lax.full_like(a, 0, shape=shape), a, b)
     return lax.optimization_barrier(canonical(*lax.optimization_barrier((a, b))))
+
+
+def _canonical_shapes(op: Op, spec: ConvSpec, a: Any, b: Any) -> list[jax.ShapeDtypeStruct]:
+    """Those of the operands that an implementation would get."""
+    structs = []
+    for name, x in zip(OPERANDS[op], (a, b), strict=True):
+        shape = _one_problem(x.shape) if 4 in (a.ndim, b.ndim) else x.shape
+        if _channels_first(spec, name):
+            problems, batch, depth, *spatial = shape
+            shape = (problems, batch, *spatial, depth)
+        structs.append(jax.ShapeDtypeStruct(shape, x.dtype))
+    return structs
+
+
+def _one_problem(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The images of all problems as the batch of one, or the one filter that they share."""
+    return (1, math.prod(shape[:-3]), *shape[-3:])
+
+
+def _channels_first(spec: ConvSpec, operand: str) -> bool:
+    return operand != "f" and spec.data_format == "NCHW"

@@ -92,15 +92,15 @@ def _explicit_sharding(op: Op, spec: ConvSpec, a: jax.Array, b: jax.Array) -> Pa
     return PartitionSpec(*axes)
 
 
-def ops_in(function: Callable, *args: Any) -> list[tuple[Op, ConvSpec]]:
+def ops_in(function: Callable, *args: Any) -> list[tuple[Op, ConvSpec, Any, Any]]:
     """What each depthwise convolution in `function` is bound with, but for unused results."""
     jaxpr = jax.make_jaxpr(function)(*args).jaxpr
     jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
 
-    def walk(jaxpr: Any) -> Iterator[tuple[Op, ConvSpec]]:
+    def walk(jaxpr: Any) -> Iterator[tuple[Op, ConvSpec, Any, Any]]:
         for eqn in jaxpr.eqns:
             if eqn.primitive is _primitive:
-                yield eqn.params["op"], eqn.params["spec"]
+                yield eqn.params["op"], eqn.params["spec"], *(v.aval for v in eqn.invars)
             for inner in jaxprs_in_params(eqn.params):
                 yield from walk(inner)
 
@@ -206,12 +206,12 @@ def _lower(ctx, a, b, *, op, spec, platform):
         if hasattr(axes, "manual_axes")
         else getattr(axes, "num_devices", 1) != 1
     )
-    transparent = partitioned or module.lowering_parameters.for_export
+    program = _dispatch.Program(partitioned, module.lowering_parameters.for_export)
 
     def run(a, b):
         # Where this is lowered float64 may be off, though it was on where the op was called.
         with jax.enable_x64(a.dtype.itemsize == 8):
-            return _dispatch.run(op, spec, platform, transparent, a, b)
+            return _dispatch.run(op, spec, platform, program, a, b)
 
     return mlir.lower_fun(run, multiple_results=False)(ctx, a, b)
 

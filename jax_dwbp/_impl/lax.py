@@ -19,7 +19,9 @@ from jax_dwbp._spec import ConvSpec, Op
 _MAX_POSITIONS = 2**24
 
 
-def unsupported(op: Op, spec: ConvSpec, platform: str | None) -> str | None:
+def unsupported(
+    op: Op, spec: ConvSpec, platform: str | None, *operands: jax.ShapeDtypeStruct
+) -> str | None:
     if platform != "cpu":
         return None
     for size, kernel, _, _, pads, dilation in spec.axes():

@@ -21,7 +21,9 @@ _LINE = 64
 _TILE = 128  # columns, at most, if more don't fit
 
 
-def unsupported(op: Op, spec: ConvSpec, platform: str | None) -> str | None:
+def unsupported(
+    op: Op, spec: ConvSpec, platform: str | None, *operands: jax.ShapeDtypeStruct
+) -> str | None:
     if platform not in (None, "cpu"):
         return "it runs on a CPU"
     if reason := _load():

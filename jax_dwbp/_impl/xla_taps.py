@@ -41,7 +41,9 @@ _REDUCED = 9
 _MAX_RUN, _RUN = 128, 64
 
 
-def unsupported(op: Op, spec: ConvSpec, platform: str | None) -> str | None:
+def unsupported(
+    op: Op, spec: ConvSpec, platform: str | None, *operands: jax.ShapeDtypeStruct
+) -> str | None:
     del platform
     r, s = spec.kernel_spatial
     if r * s > _UNROLLED and s > _MAX_COLUMNS:
