@@ -34,9 +34,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive, jaxprs_in_params
 from jax.interpreters import ad, batching, mlir, partial_eval
-from jax.sharding import PartitionSpec
 
-from jax_dwbp import _dispatch
+from jax_dwbp import _dispatch, _partition
 from jax_dwbp._spec import OPERANDS, PRECISIONS, ConvSpec, Op
 
 # The op that leaves out each argument of T.
@@ -46,11 +45,13 @@ _LEFT_OUT = {op: argument for argument, op in _LEAVES_OUT.items()}
 
 def apply(a: jax.Array, b: jax.Array, *, op: Op, spec: ConvSpec, forward_mode: bool) -> jax.Array:
     """Runs `op`: forward(x, f), input_grad(f, dy) or filter_grad(x, dy)."""
+    run = _apply
     if _explicitly_sharded(a, b):
         # As they are, for the sake of their cotangents, which this gives the operand's type. Those
-        # that auto_axes returns for an array from before the mesh have another.
+        # that shard_map returns for an array from before the mesh have another.
         a, b = (jax.sharding.reshard(x, jax.typeof(x).sharding.spec) for x in (a, b))
-    return _apply(a, b, op=op, spec=spec, forward_mode=forward_mode)
+        run = _explicit
+    return run(a, b, op=op, spec=spec, forward_mode=forward_mode)
 
 
 def _explicitly_sharded(*operands: jax.Array) -> bool:
@@ -65,31 +66,17 @@ def _apply(a: jax.Array, b: jax.Array, *, op: Op, spec: ConvSpec, forward_mode: 
         spec = dataclasses.replace(spec, precision=PRECISIONS.get(str(default).lower()))
     a, b = _same_varying_axes(a, b)
     run: Callable = functools.partial(_bind if forward_mode else _reverse_mode, op, spec)
-    if _explicitly_sharded(a, b):
-        run = jax.sharding.auto_axes(run, out_sharding=_explicit_sharding(op, spec, a, b))
     return run(a, b)
 
 
-def _explicit_sharding(op: Op, spec: ConvSpec, a: jax.Array, b: jax.Array) -> PartitionSpec:
-    """The sharding of the result on a mesh with explicit axes, where N and C may be sharded."""
-    n, c = set(), set()
-    channels = 3 if spec.data_format == "NHWC" else 1
-    for name, operand in zip(OPERANDS[op], (a, b), strict=True):
-        axes = [*jax.typeof(operand).sharding.spec]
-        c.add(axes.pop(2 if name == "f" else channels))
-        if name != "f":
-            n.add(axes.pop(0))
-        if any(axes) or len(n) > 1 or len(c) > 1:
-            raise NotImplementedError(
-                f"the operands of an op may have explicit sharding of the batch and the channels, "
-                f"alike in both operands, and of nothing else; got {jax.typeof(a)} and "
-                f"{jax.typeof(b)}. `jax.shard_map` and mesh axes of `AxisType.Auto` take any"
-            )
-    if op == "filter_grad":
-        return PartitionSpec(None, None, *c, None)
-    axes: list[Any] = [*n, None, None, None]
-    axes[channels] = c.pop()
-    return PartitionSpec(*axes)
+@functools.partial(jax.jit, static_argnames=("op", "spec", "forward_mode"))
+def _explicit(
+    a: jax.Array, b: jax.Array, *, op: Op, spec: ConvSpec, forward_mode: bool
+) -> jax.Array:
+    def part(spec, a, b):
+        return _apply(a, b, op=op, spec=spec, forward_mode=forward_mode)
+
+    return _partition.explicit(op, spec, part, a, b)
 
 
 def ops_in(function: Callable, *args: Any) -> list[tuple[Op, ConvSpec, Any, Any]]:
@@ -206,14 +193,36 @@ def _lower(ctx, a, b, *, op, spec, platform):
         if hasattr(axes, "manual_axes")
         else getattr(axes, "num_devices", 1) != 1
     )
-    program = _dispatch.Program(partitioned, module.lowering_parameters.for_export)
+    exported = module.lowering_parameters.for_export
+    program = _dispatch.Program(partitioned, exported)
+    run = functools.partial(_dispatch.run, op, spec, platform, program)
+    empty = any(0 in aval.shape for aval in (*ctx.avals_in, *ctx.avals_out))
+    if partitioned and not exported and not empty and (known := _with_devices(ctx, platform)):
+        ctx, run = known, functools.partial(_partition.run, op, spec, platform)
 
-    def run(a, b):
+    def in_its_precision(a, b):
         # Where this is lowered float64 may be off, though it was on where the op was called.
         with jax.enable_x64(a.dtype.itemsize == 8):
-            return _dispatch.run(op, spec, platform, program, a, b)
+            return run(a, b)
 
-    return mlir.lower_fun(run, multiple_results=False)(ctx, a, b)
+    return mlir.lower_fun(in_its_precision, multiple_results=False)(ctx, a, b)
+
+
+def _with_devices(ctx: Any, platform: str | None) -> Any:
+    """`ctx` with the mesh and the devices that JAX only has there for primitives of its own, or
+    None if they can't be known. Of the devices nothing but their number is compiled in."""
+    axes = ctx.module_context.axis_context
+    meshes = [aval.sharding.mesh for aval in ctx.avals_in if not aval.sharding.mesh.empty]
+    if not meshes or not hasattr(axes, "device_assignment") or meshes[0].size != axes.num_devices:
+        return None
+    try:
+        devices = tuple(jax.devices(platform)[: axes.num_devices])
+    except RuntimeError:  # compiled for what is not here
+        return None
+    if len(devices) < axes.num_devices:
+        return None
+    axes = dataclasses.replace(axes, device_assignment=devices, abstract_mesh=meshes[0])
+    return ctx.replace(module_context=ctx.module_context.replace(axis_context=axes))
 
 
 batching.primitive_batchers[_primitive] = _batch

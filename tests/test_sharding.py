@@ -107,17 +107,17 @@ def explicit_mesh():
 
 
 @pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
-@pytest.mark.parametrize("sharded", ["batch", "channels"])
+@pytest.mark.parametrize("sharded", ["batch", "channels", "rows"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("op", ["forward", "input_grad", "filter_grad"])
 def test_explicit_sharding(explicit_mesh, op, implementation, sharded, data_format):
-    """Over the batch or the channels, values and gradients, with types that say so."""
-    case = Case("explicit", (8, 5, 6, 8), (3, 3, 8, 2), (2, 1))
+    """Values and gradients, with types that say so."""
+    case = Case("explicit", (8, 16, 6, 8), (3, 3, 8, 2), (2, 1))
     filters = {"forward": 1, "input_grad": 0, "filter_grad": 2}[op]
-    activation = P("i") if sharded == "batch" else P(None, None, None, "i")
-    of_filter = P() if sharded == "batch" else P(None, None, "i", None)
-    specs = [of_filter if i == filters else activation for i in range(3)]
-    operands = case.operands(op)
+    activation = {"batch": P("i"), "channels": P(None, None, None, "i"), "rows": P(None, "i")}
+    of_filter = P(None, None, "i", None) if sharded == "channels" else P()
+    specs = [of_filter if i == filters else activation[sharded] for i in range(3)]
+    operands = case.operands(op, "float64")
     run = functools.partial(case.run, op, implementation=implementation, data_format=data_format)
     gradient = jax.grad(lambda a, b: jnp.sum(jnp.sin(run(a, b))), argnums=(0, 1))
     want = [run(*operands), *gradient(*operands)]
@@ -129,22 +129,38 @@ def test_explicit_sharding(explicit_mesh, op, implementation, sharded, data_form
         for wrap in (lambda function: function, jax.jit):
             got = [wrap(run)(*placed), *wrap(gradient)(*placed)]
             for g, w, spec in zip(got, want, [specs[2], *specs[:2]], strict=True):
-                np.testing.assert_allclose(g, w, atol=1e-5)
+                np.testing.assert_allclose(g, w, atol=1e-11)
                 assert jax.typeof(g).sharding.is_equivalent_to(
                     NamedSharding(explicit_mesh.abstract_mesh, spec), g.ndim
                 )
 
 
 def test_other_explicit_sharding_is_refused(explicit_mesh):
-    """Rows are not exchanged: an error, not a wrong type. lax takes what it can of the rest."""
-    x, f = Case("rows", (1, 8, 6, 8), (3, 3, 8, 2)).operands("forward")
+    """Operands that do not go together, a part that needs more than its neighbours have, and a
+    sharded filter: an error, not a wrong type."""
+    case = Case("rows", (8, 8, 6, 8), (3, 3, 8, 2))
+    x, f = case.operands("forward")
+    _, dy = case.operands("input_grad")
+    tall = np.ones((5, 3, 8, 1), np.float32)
+    by_batch, by_rows, by_channels = P("i"), P(None, "i"), P(None, None, None, "i")
     with jax.set_mesh(explicit_mesh):
-        by_rows = jax.device_put(x, NamedSharding(explicit_mesh, P(None, "i")))
-        by_channels = jax.device_put(x, NamedSharding(explicit_mesh, P(None, None, None, "i")))
-        f = jax.device_put(f, NamedSharding(explicit_mesh, P()))
-        for x in (by_rows, by_channels):
+
+        def put(x, spec):
+            return jax.device_put(x, NamedSharding(explicit_mesh, spec))
+
+        for x_spec, filter_, filter_spec in (
+            (by_channels, f, P()),
+            (by_rows, tall, P()),
+            (P(), np.ones((8, 3, 8, 1), np.float32), P("i")),
+        ):
             with pytest.raises(NotImplementedError, match="alike in both operands"):
-                jax_dwbp.depthwise_conv2d_native(x, f, (1, 1), "SAME")
+                jax_dwbp.depthwise_conv2d_native(
+                    put(x, x_spec), put(filter_, filter_spec), (1, 1), "SAME"
+                )
+        with pytest.raises(NotImplementedError, match="alike in both operands"):
+            jax_dwbp.depthwise_conv2d_native_backprop_filter(
+                put(x, by_batch), f.shape, put(dy, by_rows), (1, 1), "SAME"
+            )
 
 
 def test_explicit_sharding_in_the_place_of_lax(explicit_mesh):

@@ -1,0 +1,281 @@
+"""How an op is divided among devices: what each of them computes, and what they send each other.
+
+XLA can't look into a kernel, and of lax's own convolutions it gathers some that it need not. So
+where a program is partitioned, this tells it how. The factors that may be divided are the problems
+g, the batch n, the channels c and the rows and columns of the output, p and q, with which those of
+the input go, h and w:
+
+    forward, input_grad     each device has its part of the result and nothing is sent, but for
+                            rows and columns of the source that windows of a neighbour's part meet
+    filter_grad             likewise, and the sums of the devices that divide n, p and q are added
+
+A division that does not come out even, or that would need rows from beyond the neighbour, is not
+made along that axis: there XLA gathers the operand, and the result is the same.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jax_dwbp import _dispatch
+from jax_dwbp._spec import OPERANDS, ConvSpec, Op
+
+AnyMesh = Mesh | AbstractMesh
+
+_RESULTS = {"forward": "dy", "input_grad": "x", "filter_grad": "f"}
+# The operand of which a part of the result needs more than the same part.
+_SOURCES = {"forward": "x", "input_grad": "dy", "filter_grad": "x"}
+# The factor that is divided with each axis; the others are not divided.
+_FACTORS = {"g": "g", "n": "n", "h": "p", "w": "q", "p": "p", "q": "q", "c": "c", "k": "c"}
+
+
+def run(op: Op, spec: ConvSpec, platform: str | None, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`_dispatch.run` in a program that XLA divides among several devices of one mesh."""
+
+    def whole(a, b):
+        return _dispatch.run(op, spec, platform, _dispatch.Program(partitioned=True), a, b)
+
+    def part(spec, a, b):
+        return _dispatch.run(op, spec, platform, _dispatch.Program(), a, b)
+
+    axes = _all_axes(op, spec, a, b)
+
+    def partition(mesh: Mesh, operands: Any, result: Any) -> tuple:
+        given = [array.sharding.spec for array in (*operands, result)]
+        divided = _divided(op, spec, axes, given, mesh)
+        shardings = [NamedSharding(mesh, _spec(letters, divided)) for letters in axes.values()]
+        local = functools.partial(_local, op, spec, part, axes, divided, mesh)
+        return mesh, local, shardings[-1], tuple(shardings[:-1])
+
+    function = custom_partitioning(whole)
+    function.def_partition(partition, **_rule(op, spec, axes))
+    return function(a, b)
+
+
+def explicit(op: Op, spec: ConvSpec, part: Callable, a: jax.Array, b: jax.Array) -> jax.Array:
+    """What `run` does where the types of a and b say how they are divided, or an error.
+
+    A device calls `part(spec, a, b)` with what it has.
+    """
+    axes = _all_axes(op, spec, a, b)
+    shardings = [jax.typeof(x).sharding for x in (a, b)]
+    [mesh] = {sharding.mesh for sharding in shardings if any(sharding.spec)}
+    given = [sharding.spec for sharding in shardings]
+    divided = _divided(op, spec, axes, given, mesh)
+    *in_specs, out_spec = (_spec(letters, divided) for letters in axes.values())
+    for have, needed in zip(given, in_specs, strict=True):
+        if [*have] != [*needed]:
+            raise NotImplementedError(
+                f"the operands of an op may have explicit sharding of the batch, the channels, the "
+                f"rows and the columns, alike in both operands, in parts of one size that are not "
+                f"smaller than what they need of each other; got {jax.typeof(a)} and "
+                f"{jax.typeof(b)}. `jax.shard_map` and mesh axes of `AxisType.Auto` take any"
+            )
+    local = functools.partial(_local, op, spec, part, axes, divided, mesh)
+    names = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    manual = {name for name, kind in names if kind == AxisType.Explicit}
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=tuple(in_specs), out_specs=out_spec, axis_names=manual
+    )(a, b)
+
+
+def _all_axes(op: Op, spec: ConvSpec, a: jax.Array, b: jax.Array) -> dict[str, str]:
+    """Those of the two operands and of the result."""
+    result = len(spec.result_shape(op, a.shape, b.shape))
+    arrays = zip((*OPERANDS[op], _RESULTS[op]), (a.ndim, b.ndim, result), strict=True)
+    return {name: _axes(name, ndim, spec) for name, ndim in arrays}
+
+
+def _spec(axes: str, divided: dict[str, tuple[str, ...]]) -> PartitionSpec:
+    return PartitionSpec(*(divided.get(_FACTORS.get(axis, "")) for axis in axes))
+
+
+def _axes(name: str, ndim: int, spec: ConvSpec) -> str:
+    """A letter for each axis of x, f or dy; k is c*M + m."""
+    axes = {"x": "nhwc", "f": "rscm", "dy": "npqk"}[name]
+    if spec.data_format == "NCHW" and name != "f":
+        axes = axes[0] + axes[3] + axes[1:3]
+    return "g" * (ndim - 4) + axes
+
+
+def _rule(op: Op, spec: ConvSpec, axes: dict[str, str]) -> dict[str, Any]:
+    """What makes shardings propagate: which axes of the three arrays go together."""
+    factors = {axis: axis for axis in "gnrscm"}
+    factors["k"] = "c" if spec.multiplier == 1 else "(c m)"
+    sizes = {}
+    for (size, _, out, stride, _, _), source, target, rest in zip(
+        spec.axes(), "hw", "pq", "uv", strict=True
+    ):
+        factors[target] = factors[source] = target
+        if size != out * stride:
+            factors[source] = source  # parts of the two are not alike
+        elif stride > 1:
+            factors[source] = f"({target} {rest})"
+            sizes[rest] = stride
+    terms = [" ".join(factors[axis] for axis in letters) for letters in axes.values()]
+    # In the order in which they first appear, as Shardy has them.
+    present = dict.fromkeys(factor for factor in " ".join(terms) if factor.isalpha())
+    return {
+        "sharding_rule": f"{terms[0]}, {terms[1]} -> {terms[2]}",
+        "reduction_factors": tuple(f for f in present if f in "npq" and op == "filter_grad"),
+        "need_replication_factors": tuple(f for f in present if f in "rsmuv"),
+        **sizes,
+    }
+
+
+def _divided(
+    op: Op, spec: ConvSpec, axes: dict[str, str], given: list[PartitionSpec], mesh: AnyMesh
+) -> dict[str, tuple[str, ...]]:
+    """The mesh axes that divide each factor: of what the arrays are given, those of the result
+    first, what can be divided so."""
+    divided: dict[str, tuple[str, ...]] = {}
+    for letters, entries in reversed([*zip(axes.values(), given, strict=False)]):
+        for axis, entry in zip(letters, entries, strict=False):
+            factor = _FACTORS.get(axis)
+            mesh_axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
+            used = {used for others in divided.values() for used in others}
+            if factor is None or factor in divided or not mesh_axes or used & set(mesh_axes):
+                continue
+            parts = _parts(mesh, mesh_axes)
+            if factor == "c" and spec.channels % parts:
+                continue
+            if factor in "pq" and _Window.of(op, spec, "pq".index(factor), parts) is None:
+                continue
+            divided[factor] = mesh_axes
+    return divided
+
+
+def _parts(mesh: AnyMesh, mesh_axes: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[axis] for axis in mesh_axes)
+
+
+class _Window(NamedTuple):
+    """What the parts of a divided axis read of the source, and compute from it.
+
+    Part d owns the rows d*owned, ... of the source, reads `count` of them from starts[d] on, zeros
+    where there are none, and computes a result of which the first skipped[d] rows are another's.
+    """
+
+    owned: int
+    left: int  # rows of the neighbours on either side, at most
+    right: int
+    starts: list[int]
+    count: int
+    skipped: list[int]
+    rows: int  # of the result, or 0 if it is not divided
+    axis: tuple[int, int, tuple[int, int]]  # H, P and padding of what a part computes
+
+    @classmethod
+    def of(cls, op: Op, spec: ConvSpec, axis: int, parts: int) -> "_Window | None":
+        """None if the axis can't be divided into so many parts."""
+        size, kernel, out, stride, (low, _), dilation = spec.axes()[axis]
+        if size % parts or out % parts:
+            return None
+        reach = (kernel - 1) * dilation
+        if op == "input_grad":
+            rows, owned, total = size // parts, out // parts, out
+            # Every part starts at the same phase, so that one program serves all of them.
+            firsts = [part * rows // stride * stride for part in range(parts)]
+            skipped = [part * rows - first for part, first in enumerate(firsts)]
+            computed = rows + max(skipped)
+            starts = [(first + low - reach) // stride for first in firsts]
+            low -= stride * ((low - reach) // stride)
+            count = (low + computed - 1) // stride + 1
+            high = max(0, (count - 1) * stride + reach + 1 - computed - low)
+            local = (computed, count, (low, high))
+        else:
+            rows, owned, total = out // parts, size // parts, size
+            starts = [part * rows * stride - low for part in range(parts)]
+            count = (rows - 1) * stride + reach + 1
+            skipped = [0] * parts
+            local = (count, rows, (0, 0))
+        ends = [min(start + count, total) for start in starts]
+        left = max(part * owned - max(start, 0) for part, start in enumerate(starts))
+        right = max(end - (part + 1) * owned for part, end in enumerate(ends))
+        if max(left, right) > owned:
+            return None
+        return cls(owned, max(left, 0), max(right, 0), starts, count, skipped, rows, local)
+
+    def read(self, x: jax.Array, axis: int, mesh_axes: tuple[str, ...]) -> jax.Array:
+        """The rows that this device reads, of those that it owns and its neighbours'."""
+        parts, own = len(self.starts), x
+        if self.left:
+            rows = lax.slice_in_dim(own, self.owned - self.left, self.owned, axis=axis)
+            rows = lax.ppermute(rows, mesh_axes, [(i, i + 1) for i in range(parts - 1)])
+            x = lax.concatenate([rows, x], axis)
+        if self.right:
+            rows = lax.slice_in_dim(own, 0, self.right, axis=axis)
+            rows = lax.ppermute(rows, mesh_axes, [(i + 1, i) for i in range(parts - 1)])
+            x = lax.concatenate([x, rows], axis)
+        # Rows that a device was sent by nobody are zeros, and so are those beyond the neighbours'.
+        offsets = [start - part * self.owned + self.left for part, start in enumerate(self.starts)]
+        before = max(0, -min(offsets))
+        after = max(0, max(offsets) + self.count - x.shape[axis])
+        config = [(0, 0, 0)] * x.ndim
+        config[axis] = (before, after, 0)
+        x = lax.pad(x, jnp.zeros((), x.dtype), config)
+        return _slice(x, axis, mesh_axes, [offset + before for offset in offsets], self.count)
+
+
+def _slice(
+    x: jax.Array, axis: int, mesh_axes: tuple[str, ...], starts: list[int], count: int
+) -> jax.Array:
+    """`count` rows of x from the one on that `starts` has for this device."""
+    if len(set(starts)) == 1:
+        return lax.slice_in_dim(x, starts[0], starts[0] + count, axis=axis)
+    start = jnp.asarray(starts, "int32")[lax.axis_index(mesh_axes)]
+    return lax.dynamic_slice_in_dim(x, start, count, axis)
+
+
+def _local(
+    op: Op,
+    spec: ConvSpec,
+    part: Callable,
+    axes: dict[str, str],
+    divided: dict[str, tuple[str, ...]],
+    mesh: AnyMesh,
+    a: jax.Array,
+    b: jax.Array,
+) -> jax.Array:
+    """The part of the result that a device has, from its parts of the operands."""
+    operands = dict(zip(OPERANDS[op], (a, b), strict=True))
+    source = _SOURCES[op]
+    windows = {}
+    geometry = list(zip(spec.in_spatial, spec.out_spatial, spec.padding, strict=True))
+    for i, factor in enumerate("pq"):
+        if factor not in divided:
+            continue
+        window = _Window.of(op, spec, i, _parts(mesh, divided[factor]))
+        assert window is not None  # or it would not be divided
+        windows[factor], geometry[i] = window, window.axis
+        position = axes[source].index("hw"[i] if source == "x" else factor)
+        operands[source] = window.read(operands[source], position, divided[factor])
+    in_spatial, out_spatial, padding = zip(*geometry, strict=True)
+    spec = dataclasses.replace(
+        spec,
+        channels=spec.channels // _parts(mesh, divided.get("c", ())),
+        in_spatial=in_spatial,
+        out_spatial=out_spatial,
+        padding=padding,
+    )
+    summed = [axis for factor in "npq" for axis in divided.get(factor, ())]
+    dtype = a.dtype
+    if op == "filter_grad" and summed and dtype.itemsize < 4:
+        # So that the sum of the devices is rounded once.
+        operands = {name: x.astype("float32") for name, x in operands.items()}
+    result = part(spec, *operands.values())
+    if op == "filter_grad":
+        return (lax.psum(result, tuple(summed)) if summed else result).astype(dtype)
+    for factor, window in windows.items():
+        target = _RESULTS[op]
+        position = axes[target].index({"p": "h", "q": "w"}[factor] if target == "x" else factor)
+        result = _slice(result, position, divided[factor], window.skipped, window.rows)
+    return result

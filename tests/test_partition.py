@@ -1,0 +1,249 @@
+"""Sharded arrays under plain `jit` on 8 host devices: values, and what the program sends."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import HAS_NATIVE, IMPLEMENTATIONS, OPS, Case
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+ACTIVATIONS = {"batch": P("i"), "channels": P(None, None, None, "i"), "height": P(None, "i")}
+FILTERS = {"batch": P(), "channels": P(None, None, "i"), "height": P()}
+every_op = pytest.mark.parametrize("op", OPS)
+every_implementation = pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+
+
+def mesh_of(**axes):
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), (AxisType.Auto,) * len(axes))
+
+
+def specs(op, activation, of_filter):
+    """Of the operands and of the result."""
+    return {
+        "forward": (activation, of_filter, activation),
+        "input_grad": (of_filter, activation, activation),
+        "filter_grad": (activation, activation, of_filter),
+    }[op]
+
+
+def compiled(function, operands, mesh, in_specs, out_specs=None):
+    """The compiled function, its operands where they belong, and what it sends: for each kind of
+    collective, the elements of each that one device gets."""
+    placed = [
+        jax.device_put(x, NamedSharding(mesh, spec))
+        for x, spec in zip(operands, in_specs, strict=True)
+    ]
+    out = None if out_specs is None else jax.tree.map(lambda s: NamedSharding(mesh, s), out_specs)
+    executable = jax.jit(function, out_shardings=out).lower(*placed).compile()
+    sent = {kind: [] for kind in COLLECTIVES}
+    for line in str(executable.as_text()).splitlines():
+        match = re.match(r"\s*(?:ROOT )?\S+ = (.*?) ([a-z-]+)\(", line)
+        if match and match[2] in sent:
+            for shape in re.findall(r"\w+\[([\d,]*)\]", match[1]):
+                sent[match[2]].append(math.prod(int(n) for n in shape.split(",") if n))
+    return executable, placed, {kind: sizes for kind, sizes in sent.items() if sizes}
+
+
+@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("multiplier", [1, 2])
+@pytest.mark.parametrize("sharded", ["batch", "channels"])
+@every_implementation
+@every_op
+def test_batch_and_channels_send_nothing(op, implementation, sharded, multiplier, data_format):
+    """But for the filter gradient's sum over the batch."""
+    case = Case("sharded", (8, 5, 6, 8), (3, 3, 8, multiplier), (2, 1))
+    run = functools.partial(case.run, op, implementation=implementation, data_format=data_format)
+    operands = case.operands(op)
+    *in_specs, out_spec = specs(op, ACTIVATIONS[sharded], FILTERS[sharded])
+    program, placed, sent = compiled(run, operands, mesh_of(i=8), in_specs)
+    result = program(*placed)
+    assert result.sharding.spec == out_spec  # by itself
+    summed = op == "filter_grad" and sharded == "batch"
+    assert sent == ({"all-reduce": [9 * 8 * multiplier]} if summed else {})
+    case.check(op, result, case.expected(op, *operands), "float32")
+
+
+@every_op
+def test_channels_that_do_not_divide(op):
+    """The batch does, whatever C is."""
+    case = Case("sharded", (8, 5, 6, 6), (3, 3, 6, 2))
+    operands = case.operands(op)
+    *in_specs, _ = specs(op, ACTIVATIONS["batch"], P())
+    program, placed, sent = compiled(
+        functools.partial(case.run, op), operands, mesh_of(i=8), in_specs
+    )
+    assert set(sent) <= {"all-reduce"}
+    case.check(op, program(*placed), case.expected(op, *operands), "float32")
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="it was not compiled")
+@every_op
+def test_each_device_runs_the_native_kernel(op):
+    case = Case("sharded", (8, 5, 6, 8), (3, 3, 8, 1))
+    *in_specs, _ = specs(op, ACTIVATIONS["batch"], P())
+    program, _, _ = compiled(
+        functools.partial(case.run, op), case.operands(op), mesh_of(i=8), in_specs
+    )
+    assert "jax_dwbp_depthwise_conv2d" in str(program.as_text())
+
+
+@every_implementation
+def test_gradient_of_a_network(implementation):
+    """Two layers and all their gradients, batch and channels sharded: sums of filters, no more."""
+    first = Case("first", (4, 9, 8, 4), (3, 3, 4, 2), (2, 2))
+    second = Case("second", first.output, (5, 5, 8, 1))
+    mesh = mesh_of(batch=4, model=2)
+    x, f = first.operands("forward", "float64")
+    _, g = second.operands("forward", "float64")
+
+    def loss(x, f, g, implementation=implementation):
+        y = jnp.sin(first.run("forward", x, f, implementation=implementation))
+        return jnp.sum(second.run("forward", y, g, implementation=implementation) ** 2)
+
+    activation, of_filter = P("batch", None, None, "model"), P(None, None, "model")
+    in_specs = (activation, of_filter, of_filter)
+    gradient = jax.grad(loss, argnums=(0, 1, 2))
+    program, placed, sent = compiled(gradient, (x, f, g), mesh, in_specs, in_specs)
+    assert set(sent) == {"all-reduce"}
+    assert sum(sent["all-reduce"]) == (f.size + g.size) // 2
+    want = jax.grad(functools.partial(loss, implementation="lax"), argnums=(0, 1, 2))(x, f, g)
+    for got, w in zip(program(*placed), want, strict=True):
+        np.testing.assert_allclose(got, w, rtol=1e-9, atol=1e-9)
+
+
+# Filter, stride, low and high pad and dilation of the rows, for heights that 2, 4 and 8 divide.
+ROWS = {
+    "same": (3, 1, 1, 1, 1),
+    "large": (5, 1, 2, 2, 1),
+    "even": (4, 1, 1, 2, 1),
+    "causal": (4, 1, 3, 0, 1),
+    "dilated": (3, 1, 2, 2, 2),
+    "strided": (3, 2, 0, 1, 1),
+    "strided_low": (5, 2, 2, 1, 1),
+    "strided_dilated": (3, 2, 2, 1, 2),
+    "stride_above_filter": (2, 4, 0, 0, 1),
+    "three_to_one": (5, 3, 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+@pytest.mark.parametrize("name", ROWS)
+@every_op
+def test_height_sends_the_rows_that_windows_share(op, name, parts):
+    kernel, stride, low, high, dilation = ROWS[name]
+    height = 96
+    case = Case(name, (2, height, 5, 3), (kernel, 2, 3, 2), (stride, 1),
+                ((low, high), (1, 0)), (dilation, 1))  # fmt: skip
+    _, out, width, depth = case.output
+    assert out == height // stride
+    operands = case.operands(op)
+    in_specs = specs(op, P(None, "i"), P())[:2]
+    mesh = jax.make_mesh((parts,), ("i",), (AxisType.Auto,), devices=jax.devices()[:parts])
+    program, placed, sent = compiled(functools.partial(case.run, op), operands, mesh, in_specs)
+    result = program(*placed)
+    case.check(op, result, case.expected(op, *operands), "float32")
+    if op != "filter_grad":
+        assert result.sharding.spec == P(None, "i")
+
+    reach = (kernel - 1) * dilation
+    if op == "input_grad":
+        # Of the dy rows o that meet the rows h = o * stride - low + k * dilation of a part.
+        row, before, after = 2 * width * depth, -((low - reach) // stride), (low + stride - 1)
+        after = (height // parts - 1 + low) // stride + 1 - out // parts
+    else:
+        row, before, after = 2 * 5 * 3, low, reach + 1 - stride - low
+    halos = sorted(row * rows for rows in (before, after) if rows > 0)
+    assert sorted(sent.pop("collective-permute", [])) == halos
+    assert sent == ({"all-reduce": [kernel * 2 * 3 * 2]} if op == "filter_grad" else {})
+
+
+@every_op
+def test_rows_whose_parts_are_not_alike(op):
+    """Where P is not H / stride, both are divided if the caller says so."""
+    case = Case("crop", (1, 32, 4, 2), (9, 3, 2, 1), (1, 1), ((2, 0), (1, 1)), (2, 1))
+    assert case.output[1] == 18
+    operands = case.operands(op)
+    in_specs, out = specs(op, P(None, "i"), P())[:2], specs(op, P(None, "i"), P())[2]
+    mesh = jax.make_mesh((2,), ("i",), (AxisType.Auto,), devices=jax.devices()[:2])
+    program, placed, sent = compiled(functools.partial(case.run, op), operands, mesh, in_specs, out)
+    assert "all-gather" not in sent and len(sent["collective-permute"]) <= 2
+    case.check(op, program(*placed), case.expected(op, *operands), "float32")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("beyond_the_neighbour", (2, 8, 5, 2), (5, 3, 2, 1)),
+        Case("parts_without_a_phase", (2, 24, 5, 2), (3, 3, 2, 1), (3, 1)),
+        Case("nothing_but_padding", (2, 8, 5, 2), (3, 3, 2, 1), (1, 1), ((9, 9), (1, 1))),
+    ],
+    ids=str,
+)
+@every_op
+def test_what_can_not_be_divided_is_right(case, op):
+    operands = case.operands(op)
+    in_specs = [P(None, "i") if x.ndim == 4 and x.shape[1] % 8 == 0 else P() for x in operands]
+    program, placed, _ = compiled(functools.partial(case.run, op), operands, mesh_of(i=8), in_specs)
+    case.check(op, program(*placed), case.expected(op, *operands), "float32")
+
+
+@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
+@every_op
+def test_all_axes_at_once(op, data_format):
+    case = Case("all", (2, 8, 8, 4), (3, 3, 4, 2))
+    operands = case.operands(op)
+    mesh = mesh_of(h=2, w=2, c=2)
+    in_specs = specs(op, P(None, "h", "w", "c"), P(None, None, "c"))[:2]
+    run = functools.partial(case.run, op, data_format=data_format)
+    program, placed, sent = compiled(run, operands, mesh, in_specs)
+    assert set(sent) == {"collective-permute"} | ({"all-reduce"} if op == "filter_grad" else set())
+    case.check(op, program(*placed), case.expected(op, *operands), "float32")
+
+
+@pytest.mark.parametrize("own_filters", [False, True])
+@pytest.mark.parametrize("axis", ["problems", "batch"])
+@every_op
+def test_vmap(op, own_filters, axis):
+    case = Case("vmapped", (8, 4, 5, 2), (3, 2, 2, 2))
+    problems = [case.operands(op, seed=seed) for seed in range(8)]
+    filters = {"forward": 1, "input_grad": 0}.get(op)
+    stacked, in_axes, in_specs = [], [], []
+    for i, operand in enumerate(zip(*problems, strict=True)):
+        shared = i == filters and not own_filters
+        stacked.append(operand[0] if shared else np.stack(operand))
+        in_axes.append(None if shared else 0)
+        divided = P("i") if axis == "problems" else P(None, "i") if i != filters else P()
+        in_specs.append(P() if shared else divided)
+    run = jax.vmap(functools.partial(case.run, op), in_axes)
+    program, placed, sent = compiled(run, stacked, mesh_of(i=8), in_specs)
+    assert set(sent) == ({"all-reduce"} if (op, axis) == ("filter_grad", "batch") else set())
+    for i, result in enumerate(program(*placed)):
+        a, b = (x if axis is None else x[i] for x, axis in zip(stacked, in_axes, strict=True))
+        case.check(op, result, case.expected(op, a, b), "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sum_of_devices_is_rounded_once(dtype):
+    case = Case("half", (8, 9, 8, 2), (3, 3, 2, 1))
+    operands = case.operands("filter_grad", dtype)
+    program, placed, _ = compiled(
+        functools.partial(case.run, "filter_grad"), operands, mesh_of(i=8), [P("i"), P("i")]
+    )
+    case.check("filter_grad", program(*placed), case.expected("filter_grad", *operands), dtype)
+
+
+@every_op
+def test_mesh_whose_devices_are_not_in_order(op):
+    case = Case("reversed", (8, 16, 6, 4), (3, 3, 4, 1))
+    operands = case.operands(op)
+    devices = np.array(jax.devices())[[3, 1, 0, 2, 7, 5, 6, 4]].reshape(4, 2)
+    mesh = jax.sharding.Mesh(devices, ("h", "c"), axis_types=(AxisType.Auto,) * 2)
+    in_specs = specs(op, P(None, "h", None, "c"), P(None, None, "c"))[:2]
+    program, placed, _ = compiled(functools.partial(case.run, op), operands, mesh, in_specs)
+    case.check(op, program(*placed), case.expected(op, *operands), "float32")
