@@ -13,5 +13,5 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# A program that needs TensorFlow, not a module with doctests.
-collect_ignore = ["tensorflow_suite.py"]
+# Programs, not modules with doctests.
+collect_ignore = ["tensorflow_suite.py", "two_processes.py"]
