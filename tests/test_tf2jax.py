@@ -1,0 +1,159 @@
+"""A TensorFlow graph that holds a training step, converted to JAX by tf2jax."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import OPS, SMALL, TENSORFLOW
+
+tf = pytest.importorskip("tensorflow", reason="TensorFlow is what is converted")
+os.environ["KERAS_BACKEND"] = "tensorflow"
+keras = pytest.importorskip("keras")
+tf2jax = pytest.importorskip("tf2jax")
+
+import jax_dwbp.tf2jax  # noqa: E402
+
+STEPS, RATE = 20, 0.05
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    jax_dwbp.tf2jax.register()
+
+
+def network(size):
+    """Each layer with a depthwise convolution that Keras has, and what stands around them."""
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            keras.Input(size),
+            layers.Conv2D(8, 3, strides=2, padding="same"),
+            layers.DepthwiseConv2D(3, strides=2, padding="same", depth_multiplier=2),
+            layers.ReLU(),
+            layers.Conv2D(6, 3, strides=2, padding="same"),
+            layers.DepthwiseConv2D((5, 3), padding="same"),
+            layers.BatchNormalization(),
+            layers.ReLU(6.0),
+            layers.SeparableConv2D(6, 3, padding="same"),
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(10),
+        ]
+    )
+
+
+@jax.numpy_rank_promotion("allow")
+@jax.numpy_dtype_promotion("standard")
+def test_training_step():
+    """Losses and gradients of 20 steps are TensorFlow's. The graph relies on NumPy's promotion."""
+    keras.utils.set_random_seed(0)
+    keras.config.set_floatx("float64")
+    try:
+        model = network((27, 22, 3))
+    finally:
+        keras.config.set_floatx("float32")
+    weights = model.trainable_variables
+
+    @tf.function
+    def step(x, y):
+        with tf.GradientTape() as tape:
+            logits = model(x, training=True)
+            loss = tf.reduce_mean(
+                tf.nn.sparse_softmax_cross_entropy_with_logits(labels=y, logits=logits)
+            )
+        return loss, tape.gradient(loss, [weight.value for weight in weights])
+
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 27, 22, 3)), rng.integers(10, size=8)
+    function, parameters = tf2jax.convert(step, np.zeros_like(x), np.zeros_like(y))
+    names = [weight.path for weight in weights]
+    assert set(names) <= set(parameters)
+    ops = [selection.op for selection in jax_dwbp.implementations(function, parameters, x, y)]
+    assert sorted(ops) == sorted(3 * OPS)
+
+    function = jax.jit(function)
+    losses = []
+    for _ in range(STEPS):
+        wanted, wanted_gradients = step(x, y)
+        (loss, gradients), parameters = function(parameters, x, y)
+        np.testing.assert_allclose(loss, wanted, rtol=1e-10)
+        for name, weight, got, want in zip(
+            names, weights, gradients, wanted_gradients, strict=True
+        ):
+            np.testing.assert_allclose(got, want, rtol=1e-7, atol=1e-11)
+            parameters[name] = parameters[name] - RATE * got
+            weight.assign_sub(RATE * want)
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("case", SMALL[:11] + TENSORFLOW[11:20], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_every_attribute(case, op):
+    """Strides, padding and, where TensorFlow has them, dilations reach the op."""
+    attributes = case.attributes()
+    a, b = case.operands(op, "float64")
+    raw = {
+        "forward": lambda a, b: tf.raw_ops.DepthwiseConv2dNative(input=a, filter=b, **attributes),
+        "input_grad": lambda a, b: tf.raw_ops.DepthwiseConv2dNativeBackpropInput(
+            input_sizes=case.input, filter=a, out_backprop=b, **attributes
+        ),
+        "filter_grad": lambda a, b: tf.raw_ops.DepthwiseConv2dNativeBackpropFilter(
+            input=a, filter_sizes=case.filter, out_backprop=b, **attributes
+        ),
+    }[op]
+    function = tf2jax.convert_functional(tf.function(raw), np.zeros_like(a), np.zeros_like(b))
+    got = jax.jit(function)(a, b)
+    case.check(op, got, case.expected(op, a, b), "float64")
+
+
+@pytest.mark.parametrize("size", [9, 10, 11])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((0, 0), (2, 1), (0, 3), (0, 0))])
+def test_dense_gradients(padding, size):
+    """Of each input size that belongs to one output size."""
+    rng = np.random.default_rng(0)
+    x, f = rng.normal(size=(2, size, 9, 4)), rng.normal(size=(3, 2, 4, 5))
+    y = tf.nn.conv2d(x, f, 3, padding)
+
+    def gradients(x, f, dy):
+        with tf.GradientTape() as tape:
+            tape.watch([x, f])
+            y = tf.nn.conv2d(x, f, 3, padding)
+        return tape.gradient(y, [x, f], output_gradients=dy)
+
+    dy = rng.normal(size=y.shape)
+    function = tf2jax.convert_functional(
+        tf.function(gradients), *(np.zeros_like(a) for a in (x, f, dy))
+    )
+    want = gradients(*map(tf.constant, (x, f, dy)))
+    for g, w in zip(jax.jit(function)(x, f, dy), want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-12, atol=1e-12)
+
+
+def test_without_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tf2jax._src.ops", None)
+    with pytest.raises(ImportError, match="`register` needs tf2jax"):
+        jax_dwbp.tf2jax.register()
+
+
+def test_import_changes_nothing():
+    program = (
+        "import jax_dwbp.tf2jax, tf2jax._src.ops as ops;"
+        "assert 'DepthwiseConv2dNativeBackpropInput' not in ops._jax_ops;"
+        "jax_dwbp.tf2jax.register();"
+        "assert 'DepthwiseConv2dNativeBackpropInput' in ops._jax_ops"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_results_are_jax_arrays():
+    case = SMALL[0]
+    x, f = case.operands("forward")
+    function = tf2jax.convert_functional(
+        tf.function(lambda x, f: tf.nn.depthwise_conv2d(x, f, (1, 1, 1, 1), "SAME")), x, f
+    )
+    y = jax.vmap(function, (0, None))(jnp.stack([x, x]), jnp.asarray(f))
+    assert isinstance(y, jax.Array) and y.shape == (2, *case.output)
