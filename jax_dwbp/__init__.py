@@ -12,5 +12,6 @@ from jax_dwbp._api import (
 )
 from jax_dwbp._api import implementations as implementations
 from jax_dwbp._conv_general_dilated import conv_general_dilated as conv_general_dilated
+from jax_dwbp._conv_general_dilated import in_place_of_lax as in_place_of_lax
 
 __version__ = importlib.metadata.version("jax_dwbp")

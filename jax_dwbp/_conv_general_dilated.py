@@ -1,6 +1,9 @@
-"""A stand-in for `jax.lax.conv_general_dilated` in code that takes the function as an argument."""
+"""A stand-in for `jax.lax.conv_general_dilated`: an argument for code that takes the function as
+one, and a context for code that does not."""
 
-from collections.abc import Sequence
+import contextlib
+import importlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +13,8 @@ from jax import lax
 
 from jax_dwbp import _rules
 from jax_dwbp._spec import DTYPES, ConvSpec, canonicalize
+
+_LAX = lax.conv_general_dilated
 
 
 def conv_general_dilated(
@@ -49,7 +54,7 @@ def conv_general_dilated(
     )
     spec = _depthwise_spec(lhs, rhs, *arguments)
     if spec is None:
-        return lax.conv_general_dilated(lhs, rhs, *arguments)
+        return _LAX(lhs, rhs, *arguments)
     lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
     dtype = compute_dtype = jnp.dtype(preferred_element_type or lhs.dtype)
     if dtype != lhs.dtype:
@@ -77,6 +82,28 @@ def conv_general_dilated(
     if lhs.ndim == 3:
         y = lax.squeeze(y, (1,))
     return y if y_axes is None else lax.transpose(y, y_axes)
+
+
+@contextlib.contextmanager
+def in_place_of_lax() -> Iterator[None]:
+    """While it is entered, `jax.lax.conv_general_dilated` is the function of this package.
+
+    For layers that call it without a choice: Equinox, Haiku and Keras look it up in `jax.lax` when
+    they are called. It counts where a function is traced: enter it inside of what is jitted, or
+    around the first call. What was compiled before stays as it is. All threads see it.
+
+    >>> x, f = jnp.ones((1, 4, 8, 8)), jnp.ones((4, 1, 3, 3))
+    >>> with in_place_of_lax():
+    ...     y = jax.lax.conv_general_dilated(x, f, (1, 1), "SAME", feature_group_count=4)
+    """
+    # It calls lax's own, which it has to find first.
+    importlib.import_module("jax_dwbp._impl.lax")
+    before = lax.conv_general_dilated
+    lax.conv_general_dilated = conv_general_dilated
+    try:
+        yield
+    finally:
+        lax.conv_general_dilated = before
 
 
 def _depthwise_spec(lhs: Any, rhs: Any, *arguments: Any) -> ConvSpec | None:

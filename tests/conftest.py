@@ -14,4 +14,4 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Programs, not modules with doctests.
-collect_ignore = ["tensorflow_suite.py", "two_processes.py"]
+collect_ignore = ["tensorflow_suite.py", "two_processes.py", "keras_on_jax.py"]

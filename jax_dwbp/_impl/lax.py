@@ -10,7 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax.lax import conv_general_dilated
 
 from jax_dwbp._spec import ConvSpec, Op
 
@@ -110,7 +110,7 @@ def _unfold(a: jax.Array, problems: int, channels: int) -> jax.Array:
 
 def _conv(spec: ConvSpec, lhs: jax.Array, rhs: jax.Array, **geometry) -> jax.Array:
     dtype: Literal["float32"] | None = "float32" if lhs.dtype.itemsize < 4 else None
-    return lax.conv_general_dilated(
+    return conv_general_dilated(
         lhs,
         rhs,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
