@@ -56,8 +56,28 @@ def run(op: Op, spec: ConvSpec, platform: str | None, a: jax.Array, b: jax.Array
         return mesh, local, shardings[-1], tuple(shardings[:-1])
 
     function = custom_partitioning(whole)
-    function.def_partition(partition, **_rule(op, spec, axes))
+    function.def_partition(partition, sharding_rule=_rule(op, spec, axes))
     return function(a, b)
+
+
+def fine_mesh(mesh: AbstractMesh) -> AbstractMesh:
+    """`mesh` with each axis cut into axes of prime sizes, for Shardy may use a part of one."""
+    axes = []
+    for name, size in zip(mesh.axis_names, mesh.axis_sizes, strict=True):
+        for prime in range(2, size + 1):
+            while size % prime == 0:
+                axes.append((f"{name}:{len(axes)}", prime))
+                size //= prime
+    names, sizes = zip(*axes, strict=True)
+    return AbstractMesh(sizes, names)
+
+
+def _primes(mesh: Mesh) -> dict[str, set[int]]:
+    """Those that each axis of what `fine_mesh` was made of is a product of."""
+    primes: dict[str, set[int]] = {}
+    for name, prime in mesh.shape.items():
+        primes.setdefault(name.rpartition(":")[0], set()).add(prime)
+    return primes
 
 
 def explicit(op: Op, spec: ConvSpec, part: Callable, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -106,29 +126,35 @@ def _axes(name: str, ndim: int, spec: ConvSpec) -> str:
     return "g" * (ndim - 4) + axes
 
 
-def _rule(op: Op, spec: ConvSpec, axes: dict[str, str]) -> dict[str, Any]:
+def _rule(op: Op, spec: ConvSpec, axes: dict[str, str]) -> Callable[..., tuple[str, dict]]:
     """What makes shardings propagate: which axes of the three arrays go together."""
-    factors = {axis: axis for axis in "gnrscm"}
-    factors["k"] = "c" if spec.multiplier == 1 else "(c m)"
-    sizes = {}
-    for (size, _, out, stride, _, _), source, target, rest in zip(
-        spec.axes(), "hw", "pq", "uv", strict=True
-    ):
-        factors[target] = factors[source] = target
-        if size != out * stride:
-            factors[source] = source  # parts of the two are not alike
-        elif stride > 1:
-            factors[source] = f"({target} {rest})"
-            sizes[rest] = stride
-    terms = [" ".join(factors[axis] for axis in letters) for letters in axes.values()]
-    # In the order in which they first appear, as Shardy has them.
-    present = dict.fromkeys(factor for factor in " ".join(terms) if factor.isalpha())
-    return {
-        "sharding_rule": f"{terms[0]}, {terms[1]} -> {terms[2]}",
-        "reduction_factors": tuple(f for f in present if f in "npq" and op == "filter_grad"),
-        "need_replication_factors": tuple(f for f in present if f in "rsmuv"),
-        **sizes,
-    }
+
+    def rule(mesh: Mesh, *types: Any) -> tuple[str, dict[str, Any]]:
+        # Of an axis that a factor is but a part of, Shardy may divide the factor by part of a mesh
+        # axis: the outer part, which `fine_mesh` has as axes if all its primes are the same.
+        divisible = all(len(primes) == 1 for primes in _primes(mesh).values())
+        factors = {axis: axis for axis in "gnrscm"}
+        factors["k"] = "c" if spec.multiplier == 1 else "(c m)" if divisible else "k"
+        sizes = {}
+        for (size, _, out, stride, _, _), source, target, rest in zip(
+            spec.axes(), "hw", "pq", "uv", strict=True
+        ):
+            factors[target] = factors[source] = target
+            if size != out * stride or (stride > 1 and not divisible):
+                factors[source] = source  # parts of the two are not alike
+            elif stride > 1:
+                factors[source] = f"({target} {rest})"
+                sizes[rest] = stride
+        terms = [" ".join(factors[axis] for axis in letters) for letters in axes.values()]
+        # In the order in which they first appear, as Shardy has them.
+        present = dict.fromkeys(factor for factor in " ".join(terms) if factor.isalpha())
+        return f"{terms[0]}, {terms[1]} -> {terms[2]}", {
+            "reduction_factors": tuple(f for f in present if f in "npq" and op == "filter_grad"),
+            "need_replication_factors": tuple(f for f in present if f in "rsmuv"),
+            **sizes,
+        }
+
+    return rule
 
 
 def _divided(

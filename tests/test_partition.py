@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 ACTIVATIONS = {"batch": P("i"), "channels": P(None, None, None, "i"), "height": P(None, "i")}
 FILTERS = {"batch": P(), "channels": P(None, None, "i"), "height": P()}
+OPERANDS = {"forward": ("x", "f"), "input_grad": ("f", "dy"), "filter_grad": ("x", "dy")}
+RESULTS = {"forward": "dy", "input_grad": "x", "filter_grad": "f"}
 every_op = pytest.mark.parametrize("op", OPS)
 every_implementation = pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
 
@@ -163,16 +165,53 @@ def test_height_sends_the_rows_that_windows_share(op, name, parts):
     assert sent == ({"all-reduce": [kernel * 2 * 3 * 2]} if op == "filter_grad" else {})
 
 
+@pytest.mark.parametrize(
+    ("case", "parts"),
+    [
+        (Case("crop", (1, 32, 4, 2), (9, 3, 2, 1), (1, 1), ((2, 0), (1, 1)), (2, 1)), 2),
+        (Case("parts_of_all_phases", (1, 40, 4, 2), (5, 3, 2, 1), (3, 1), ((5, 5), (1, 1))), 4),
+    ],
+    ids=str,
+)
 @every_op
-def test_rows_whose_parts_are_not_alike(op):
+def test_rows_whose_parts_are_not_alike(op, case, parts):
     """Where P is not H / stride, both are divided if the caller says so."""
-    case = Case("crop", (1, 32, 4, 2), (9, 3, 2, 1), (1, 1), ((2, 0), (1, 1)), (2, 1))
-    assert case.output[1] == 18
+    height, out = case.input[1], case.output[1]
+    assert out * case.strides[0] != height and out % parts == height % parts == 0
     operands = case.operands(op)
-    in_specs, out = specs(op, P(None, "i"), P())[:2], specs(op, P(None, "i"), P())[2]
-    mesh = jax.make_mesh((2,), ("i",), (AxisType.Auto,), devices=jax.devices()[:2])
-    program, placed, sent = compiled(functools.partial(case.run, op), operands, mesh, in_specs, out)
+    *in_specs, out_spec = specs(op, P(None, "i"), P())
+    mesh = jax.make_mesh((parts,), ("i",), (AxisType.Auto,), devices=jax.devices()[:parts])
+    run = functools.partial(case.run, op)
+    program, placed, sent = compiled(run, operands, mesh, in_specs, out_spec)
     assert "all-gather" not in sent and len(sent["collective-permute"]) <= 2
+    case.check(op, program(*placed), case.expected(op, *operands), "float32")
+
+
+@pytest.mark.parametrize(("parts", "channels", "multiplier"), [(8, 6, 4), (8, 2, 4), (6, 3, 2)])
+@every_op
+def test_lanes_that_divide_and_channels_that_do_not(op, parts, channels, multiplier):
+    """Parts of the lanes that are not whole channels, and half or a third of the mesh that are."""
+    case = Case("lanes", (2, 5, 4, channels), (3, 3, channels, multiplier))
+    operands = case.operands(op)
+    names = (*OPERANDS[op], RESULTS[op])
+    *in_specs, out_spec = (P(None, None, None, "i") if name == "dy" else P() for name in names)
+    mesh = jax.make_mesh((parts,), ("i",), (AxisType.Auto,), devices=jax.devices()[:parts])
+    run = functools.partial(case.run, op)
+    program, placed, _ = compiled(run, operands, mesh, in_specs, out_spec)
+    case.check(op, program(*placed), case.expected(op, *operands), "float32")
+
+
+@pytest.mark.parametrize(("parts", "height", "stride"), [(8, 16, 4), (6, 18, 2), (4, 12, 6)])
+@every_op
+def test_rows_of_the_input_that_divide_and_of_the_output_that_do_not(op, parts, height, stride):
+    case = Case("rows", (2, height, 4, 2), (3, 3, 2, 1), (stride, 1))
+    assert height % parts == 0 != case.output[1] % parts
+    operands = case.operands(op)
+    names = (*OPERANDS[op], RESULTS[op])
+    *in_specs, out_spec = (P(None, "i") if name == "x" else P() for name in names)
+    mesh = jax.make_mesh((parts,), ("i",), (AxisType.Auto,), devices=jax.devices()[:parts])
+    run = functools.partial(case.run, op)
+    program, placed, _ = compiled(run, operands, mesh, in_specs, out_spec)
     case.check(op, program(*placed), case.expected(op, *operands), "float32")
 
 
