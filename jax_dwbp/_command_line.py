@@ -1,10 +1,11 @@
-"""What the package's two programs share: how a command line is run, and how a file is written."""
+"""What the package's programs share: how a command line is run, and how a file is written."""
 
 import os
+import re
 import secrets
 import sys
 from collections.abc import Callable, Sequence
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from absl import flags
 
@@ -31,6 +32,35 @@ def main(
     except (flags.Error, RuntimeError) as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+def chosen(flag: str, names: Sequence[str], known: Sequence[str]) -> list[Any]:
+    """The value of --`flag`, a list out of what is known, without repetitions."""
+    if not names or not set(names) <= set(known):
+        raise flags.Error(f"--{flag}={','.join(names)}: must be out of {', '.join(known)}")
+    return list(dict.fromkeys(names))
+
+
+def found(pattern: str, what: str, items: Sequence[Any]) -> list[Any]:
+    """Those whose name has --filter, a regular expression, in it."""
+    try:
+        some = [item for item in items if re.search(pattern, item.name)]
+    except re.error as error:
+        raise flags.Error(f"--filter={pattern}: not a regular expression: {error}") from error
+    if not some:
+        names = ", ".join(item.name for item in items)
+        raise flags.Error(f"--filter={pattern}: found in none of the {what} {names}")
+    return some
+
+
+def check_output(flag: str, path: str | None) -> None:
+    """That saving is going to succeed, before what is saved has cost its time."""
+    if path is None:
+        return
+    directory = os.path.dirname(path) or "."
+    writable = os.path.isdir(directory) and os.access(directory, os.W_OK)
+    if not writable or os.path.isdir(path):
+        raise flags.Error(f"--{flag}={path}: not a file in a directory that can be written")
 
 
 def save(flag: str, path: str, write: Callable[[BinaryIO], object]) -> None:

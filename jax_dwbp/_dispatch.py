@@ -3,26 +3,36 @@
 Implementations see canonical data: layouts, empty operands and single problems end here.
 """
 
+import dataclasses
+import importlib
 import math
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_dwbp._impl import lax as lax_convolution
-from jax_dwbp._impl import native_cpu, xla_taps
+from jax_dwbp._impl import interpreted
 from jax_dwbp._spec import OPERANDS, ConvSpec, Op, brief
 
-_IMPLEMENTATIONS = {"lax": lax_convolution, "xla_taps": xla_taps, "native_cpu": native_cpu}
 # Best first. On a CPU (2 cores, AVX-512, float32, layers of networks at batch 8), native_cpu takes
 # a half to a 50th of the time of xla_taps, but for one result of 38 MB, where the memory is what
 # takes the time; xla_taps takes a third to a 450th of lax's, and more than that only for a single
 # channel with a multiplier of 64 or more, which is a dense convolution. Nothing has been timed on
-# an accelerator, where lax has the vendors' kernels.
-_PREFERENCE = {"cpu": ("native_cpu", "xla_taps", "lax")}
-_DEFAULT_PREFERENCE = ("lax", "xla_taps", "native_cpu")
+# an accelerator: there a kernel goes before lax where it is `preferred`, by what it compiles to.
+_ON_CPU = ("native_cpu", "xla_taps", "lax", "pallas_tpu", "pallas_gpu")
+_ELSEWHERE = ("lax", "xla_taps", "pallas_tpu", "pallas_gpu", "native_cpu")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+# What XLA can't look into, so that it can't partition it, and where it runs.
+_KERNELS = {
+    "native_cpu": ("cpu", "a CPU"),
+    "pallas_tpu": ("tpu", "a TPU"),
+    "pallas_gpu": ("cuda", "an NVIDIA GPU"),
+}
+# Calls that JAX does not promise to keep stable, or that need this package.
+_UNSTABLE = {"native_cpu", "pallas_gpu"}
 
 
 class Program(NamedTuple):
@@ -35,47 +45,87 @@ class Program(NamedTuple):
 _ANY = Program()
 
 
-# What XLA can't look into, so that it can't partition it.
-_KERNELS = {"native_cpu"}
-# Calls that JAX does not promise to keep stable, or that need this package.
-_UNSTABLE = {"native_cpu"}
-
-
 def explain(
-    op: Op, spec: ConvSpec, platform: str | None, a: Any, b: Any, program: Program = _ANY
+    op: Op, spec: ConvSpec, platform: str | None, a: Any, b: Any
 ) -> tuple[str | None, dict[str, str | None]]:
     """The implementation that runs `op`, if any, and for each in the order of preference why not.
 
     Of the operands only the shape and the dtype are read. A platform of None stands for any, so
-    what it can't run nobody can. What `program` rules out runs only where it is asked for by name.
+    what it can't run nobody can.
     """
-    names = _PREFERENCE.get(platform or "", _DEFAULT_PREFERENCE)
     operands = _canonical_shapes(op, spec, a, b)
     reasons = {
-        name: _IMPLEMENTATIONS[name].unsupported(op, spec, platform, *operands) for name in names
+        name: _why_not(name, op, spec, platform, operands)
+        for name in _names(op, spec, platform, operands)
     }
-    ruled_out = (_KERNELS if program.partitioned else set()) | (
-        _UNSTABLE if program.exported else set()
-    )
-    requested = spec.implementation or [name for name in names if name not in ruled_out]
-    for name in requested:
-        if name not in reasons:
-            raise ValueError(
-                f"`implementation` must be out of {', '.join(names)}, got {brief(name)}"
-            )
+    requested = _requested(spec, list(reasons))
     return next((name for name in requested if reasons[name] is None), None), reasons
 
 
 def select(
     op: Op, spec: ConvSpec, platform: str | None, a: Any, b: Any, program: Program = _ANY
 ) -> str:
-    """The name of the implementation that runs `op`, or NotImplementedError with the reasons."""
-    runs, reasons = explain(op, spec, platform, a, b, program)
-    if runs is None:
-        requested = dict.fromkeys(spec.implementation or reasons)
-        why = "; ".join(f"{name}: {reasons[name]}" for name in requested)
-        raise NotImplementedError(f"`implementation` can't run {op}: {why}")
-    return runs
+    """The name of the implementation that runs `op`, or NotImplementedError with the reasons.
+
+    What `program` rules out runs only where it is asked for by name.
+    """
+    operands = _canonical_shapes(op, spec, a, b)
+    ruled_out = {
+        *(_KERNELS if program.partitioned else ()),
+        *(_UNSTABLE if program.exported else ()),
+    }
+    names = [name for name in _names(op, spec, platform, operands) if name not in ruled_out]
+    reasons = {}
+    for name in _requested(spec, names):
+        reasons[name] = _why_not(name, op, spec, platform, operands)
+        if reasons[name] is None:
+            return name
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise NotImplementedError(f"`implementation` can't run {op}: {why}")
+
+
+def _names(
+    op: Op, spec: ConvSpec, platform: str | None, operands: list[jax.ShapeDtypeStruct]
+) -> list[str]:
+    """All implementations, best first."""
+    names: list[str] = [*(_ON_CPU if platform == "cpu" else _ELSEWHERE)]
+    for name, (home, _) in _KERNELS.items():
+        if platform == home != "cpu" and _why_not(name, op, spec, platform, operands) is None:
+            if _module(name).preferred(op, _channels_last(spec), *operands):
+                names.remove(name)
+                names.insert(0, name)
+    return names
+
+
+def _requested(spec: ConvSpec, names: list[str]) -> Sequence[str]:
+    for name in spec.implementation or ():
+        if name not in _ELSEWHERE:
+            known = ", ".join(_ELSEWHERE)
+            raise ValueError(f"`implementation` must be out of {known}, got {brief(name)}")
+    return spec.implementation or names
+
+
+def _why_not(
+    name: str,
+    op: Op,
+    spec: ConvSpec,
+    platform: str | None,
+    operands: list[jax.ShapeDtypeStruct],
+) -> str | None:
+    """The reason why an implementation can't run `op`, or None."""
+    if name in _KERNELS:
+        home, device = _KERNELS[name]
+        if platform not in (None, home) and (home == "cpu" or not interpreted()):
+            return f"it runs on {device}"
+        sizes = [size for operand in operands for size in operand.shape]
+        if home != "cpu" and not all(isinstance(size, int) for size in sizes):
+            return f"it is compiled for one batch size, got {operands[0].shape[1]}"
+    return _module(name).unsupported(op, _channels_last(spec), platform, *operands)
+
+
+def _module(name: str) -> ModuleType:
+    # Imported when it is asked about: Pallas takes longer than all of this package.
+    return importlib.import_module(f"jax_dwbp._impl.{name}")
 
 
 def run(
@@ -89,7 +139,7 @@ def run(
     if 0 in (*shape, *a.shape, *b.shape):
         return jnp.zeros(shape, a.dtype)
     selected = select(op, spec, platform, a, b, program)
-    implementation = getattr(_IMPLEMENTATIONS[selected], op)
+    implementation = getattr(_module(selected), op)
     if selected == "native_cpu":
         # It takes operands as they come.
         return implementation(spec, a, b)
@@ -100,11 +150,13 @@ def run(
             if 4 in (a.ndim, b.ndim):
                 x = x.reshape(_one_problem(x.shape))
             operands.append(jnp.moveaxis(x, 2, 4) if _channels_first(spec, name) else x)
-        result = implementation(spec, *operands)
+        result = implementation(_channels_last(spec), *operands)
         if op != "filter_grad" and spec.data_format == "NCHW":
             result = jnp.moveaxis(result, 4, 2)
         return result.reshape(shape)
 
+    if selected in _KERNELS:
+        return canonical(a, b)
     # Fused into the taps, what computes an operand would run once for each of them: the gradient of
     # eight layers took 316 ms so, and takes 11 ms.
     explicit = any(axis for x in (a, b) for axis in jax.typeof(x).sharding.spec)
@@ -132,6 +184,10 @@ def _canonical_shapes(op: Op, spec: ConvSpec, a: Any, b: Any) -> list[jax.ShapeD
 def _one_problem(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The images of all problems as the batch of one, or the one filter that they share."""
     return (1, math.prod(shape[:-3]), *shape[-3:])
+
+
+def _channels_last(spec: ConvSpec) -> ConvSpec:
+    return dataclasses.replace(spec, data_format="NHWC")
 
 
 def _channels_first(spec: ConvSpec, operand: str) -> bool:

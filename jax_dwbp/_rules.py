@@ -24,6 +24,7 @@ cheap: its implementation is traced only for the platforms that are lowered for.
 the taps in the jaxpr take 16 times as long to trace, forward and gradient.)
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -32,8 +33,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive, jaxprs_in_params
 from jax.interpreters import ad, batching, mlir, partial_eval
+from jax.sharding import AbstractMesh, use_abstract_mesh
 
 from jax_dwbp import _dispatch, _partition
 from jax_dwbp._spec import OPERANDS, PRECISIONS, ConvSpec, Op
@@ -199,13 +202,15 @@ def _lower(ctx, a, b, *, op, spec, platform):
     empty = any(0 in aval.shape for aval in (*ctx.avals_in, *ctx.avals_out))
     if partitioned and not exported and not empty and (known := _with_devices(ctx, platform)):
         ctx, run = known, functools.partial(_partition.run, op, spec, platform)
-
-    def in_its_precision(a, b):
-        # Where this is lowered float64 may be off, though it was on where the op was called.
-        with jax.enable_x64(a.dtype.itemsize == 8):
-            return run(a, b)
-
-    return mlir.lower_fun(in_its_precision, multiple_results=False)(ctx, a, b)
+    with contextlib.ExitStack() as contexts:
+        if ctx.avals_in[0].dtype.itemsize == 8:
+            # Where this is lowered float64 may be off, though it was on where the op was called.
+            contexts.enter_context(jax.enable_x64(True))
+        if not partitioned:
+            # The implementations know nothing of the mesh of a `shard_map` around them.
+            ctx = ctx.replace(avals_in=[ShapedArray(x.shape, x.dtype) for x in ctx.avals_in])
+            contexts.enter_context(use_abstract_mesh(AbstractMesh((), ())))
+        return mlir.lower_fun(run, multiple_results=False)(ctx, a, b)
 
 
 def _with_devices(ctx: Any, platform: str | None) -> Any:
@@ -221,7 +226,8 @@ def _with_devices(ctx: Any, platform: str | None) -> Any:
         return None
     if len(devices) < axes.num_devices:
         return None
-    axes = dataclasses.replace(axes, device_assignment=devices, abstract_mesh=meshes[0])
+    mesh = _partition.fine_mesh(meshes[0])
+    axes = dataclasses.replace(axes, device_assignment=devices, abstract_mesh=mesh)
     return ctx.replace(module_context=ctx.module_context.replace(axis_context=axes))
 
 

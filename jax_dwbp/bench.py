@@ -541,17 +541,19 @@ def _flag_values() -> flags.FlagValues:
 def _run(values: flags.FlagValues) -> int:
     problems = [
         _Problem(layer, op, batch, values.dtype)
-        for op in _chosen("ops", values.ops, OPS)
+        for op in _command_line.chosen("ops", values.ops, OPS)
         for batch in _batches(values.batch)
-        for layer in _layers(values.filter)
+        for layer in _command_line.found(values.filter, "layers", LAYERS)
     ]
     known = ["default", *_selections(problems[0])[0].reasons]
     names = known
     if values.implementations is not None:
-        names = _chosen("implementations", values.implementations, known)
+        names = _command_line.chosen("implementations", values.implementations, known)
     peers = _peers(values.peers, values.dtype)
     for name in ("json", "plot"):
-        _check_output(name, values[name].value)
+        _command_line.check_output(name, values[name].value)
+    if values.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise flags.Error(f"--plot={values.plot}: matplotlib is not installed")
 
     rate = _fma_rate()
     groups: _Groups = {}
@@ -582,27 +584,10 @@ def _run(values: flags.FlagValues) -> int:
     return 1 if mismatches else 0
 
 
-def _layers(pattern: str) -> list[Layer]:
-    try:
-        layers = [layer for layer in LAYERS if re.search(pattern, layer.name)]
-    except re.error as error:
-        raise flags.Error(f"--filter={pattern}: not a regular expression: {error}") from error
-    if not layers:
-        names = ", ".join(layer.name for layer in LAYERS)
-        raise flags.Error(f"--filter={pattern}: found in none of the layers {names}")
-    return layers
-
-
 def _batches(texts: Sequence[str]) -> list[int]:
     if not texts or not all(re.fullmatch("[1-9][0-9]*", text) for text in texts):
         raise flags.Error(f"--batch={','.join(texts)}: must be positive integers, as 1,8,32")
     return list(dict.fromkeys(map(int, texts)))
-
-
-def _chosen(flag: str, names: Sequence[str], known: Sequence[str]) -> list[str]:
-    if not names or not set(names) <= set(known):
-        raise flags.Error(f"--{flag}={','.join(names)}: must be out of {', '.join(known)}")
-    return list(dict.fromkeys(names))
 
 
 def _peers(names: Sequence[str] | None, dtype: str) -> list[str]:
@@ -611,7 +596,7 @@ def _peers(names: Sequence[str] | None, dtype: str) -> list[str]:
     if names is None:
         peers = [peer for peer in _PEERS if peer not in missing]
     else:
-        peers = _chosen("peers", names, list(_PEERS)) if names else []
+        peers = _command_line.chosen("peers", names, list(_PEERS)) if names else []
     for peer in missing.keys() & peers:
         raise flags.Error(f"--peers={peer}: {missing[peer]} is not installed")
     # In half types they may sum in the dtype itself, which is another function.
@@ -620,18 +605,6 @@ def _peers(names: Sequence[str] | None, dtype: str) -> list[str]:
         print(f"without {', '.join(peers)}: {reason}", file=sys.stderr)
         return []
     return peers
-
-
-def _check_output(flag: str, path: str | None) -> None:
-    """That saving is going to succeed, before it costs the time of the measurement."""
-    if path is None:
-        return
-    directory = os.path.dirname(path) or "."
-    writable = os.path.isdir(directory) and os.access(directory, os.W_OK)
-    if not writable or os.path.isdir(path):
-        raise flags.Error(f"--{flag}={path}: not a file in a directory that can be written")
-    if flag == "plot" and importlib.util.find_spec("matplotlib") is None:
-        raise flags.Error(f"--plot={path}: matplotlib is not installed")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,11 @@ OPS = ("forward", "input_grad", "filter_grad")
 )
 HAS_NATIVE = _selection.reasons["native_cpu"] is None
 IMPLEMENTATIONS = ("lax", "xla_taps") + ("native_cpu",) * HAS_NATIVE
+# By name and interpreted only, in a file of their own.
+KERNELS = {
+    "pallas_tpu": ("bfloat16", "float32"),
+    "pallas_gpu": ("float16", "bfloat16", "float32"),
+}
 DEFAULT_ON_CPU = "native_cpu" if HAS_NATIVE else "xla_taps"
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 

@@ -1,3 +1,4 @@
+import importlib.util
 import os
 
 os.environ["XLA_FLAGS"] = (
@@ -15,3 +16,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Programs, not modules with doctests.
 collect_ignore = ["tensorflow_suite.py", "two_processes.py", "keras_on_jax.py"]
+# They compile for what is not here, by compilers of hundreds of megabytes.
+for _compiler, _test in (
+    ("jax_cuda13_plugin", "test_pallas_gpu_ptx.py"),
+    ("libtpu", "test_figures_tpu_compiled.py"),
+):
+    if importlib.util.find_spec(_compiler) is None:
+        collect_ignore.append(_test)

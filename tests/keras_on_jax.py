@@ -1,5 +1,7 @@
 """Trains a Keras network on its JAX backend, with lax's convolution and with this package's."""
 
+from typing import Any
+
 import keras
 import numpy as np
 from sklearn import datasets
@@ -27,7 +29,8 @@ def losses():
     )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(0.01), loss)
-    history = model.fit(images, labels, batch_size=32, epochs=5, shuffle=False, verbose=0)
+    quiet: Any = 0
+    history = model.fit(images, labels, batch_size=32, epochs=5, shuffle=False, verbose=quiet)
     return history.history["loss"], model
 
 

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from cases import DEFAULT_ON_CPU, DTYPES, IMPLEMENTATIONS
 
-from jax_dwbp import _dispatch, bench
+from jax_dwbp import bench
+from jax_dwbp._impl import xla_taps
 
 LAYERS = bench.LAYERS
 TINY = (
@@ -181,15 +182,14 @@ WRONG = {
 
 @pytest.fixture
 def wrong(request, monkeypatch):
-    implementation = _dispatch._IMPLEMENTATIONS["xla_taps"]
     monkeypatch.setitem(
-        _dispatch._IMPLEMENTATIONS,
-        "xla_taps",
+        sys.modules,
+        "jax_dwbp._impl.xla_taps",
         SimpleNamespace(
-            unsupported=implementation.unsupported,
-            forward=implementation.forward,
-            filter_grad=implementation.filter_grad,
-            input_grad=lambda *args: WRONG[request.param](implementation.input_grad(*args)),
+            unsupported=xla_taps.unsupported,
+            forward=xla_taps.forward,
+            filter_grad=xla_taps.filter_grad,
+            input_grad=lambda *args: WRONG[request.param](xla_taps.input_grad(*args)),
         ),
     )
     jax.clear_caches()

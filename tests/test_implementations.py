@@ -27,7 +27,7 @@ def selection(case, op, platform="cpu", **options):
 def test_defaults(op):
     found = selection(CASE, op, "cpu")
     assert found[:2] == (op, DEFAULT_ON_CPU)
-    assert list(found.reasons) == ["native_cpu", "xla_taps", "lax"]
+    assert list(found.reasons) == ["native_cpu", "xla_taps", "lax", "pallas_tpu", "pallas_gpu"]
     assert [name for name, reason in found.reasons.items() if reason is None] == [
         name for name in found.reasons if name in IMPLEMENTATIONS
     ]

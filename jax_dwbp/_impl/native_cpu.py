@@ -24,8 +24,6 @@ _TILE = 128  # columns, at most, if more don't fit
 def unsupported(
     op: Op, spec: ConvSpec, platform: str | None, *operands: jax.ShapeDtypeStruct
 ) -> str | None:
-    if platform not in (None, "cpu"):
-        return "it runs on a CPU"
     if reason := _load():
         return reason
     if _scratch(op, spec) > _MAX_SCRATCH:

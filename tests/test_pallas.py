@@ -1,0 +1,169 @@
+"""The Pallas kernels in interpret mode: values, and the transformations with them by name."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import KERNELS, OPS, SMALL, XLA, Case
+from jax.sharding import AxisType, PartitionSpec
+
+import jax_dwbp
+
+CASE = Case("kernel", (2, 5, 6, 2), (3, 3, 2, 2), (2, 1))
+CALLS = {"pallas_tpu": ("tpu", "tpu_custom_call"), "pallas_gpu": ("cuda", "triton")}
+every_kernel = pytest.mark.parametrize("kernel", KERNELS)
+every_op = pytest.mark.parametrize("op", OPS)
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setenv("JAX_DWBP_INTERPRET", "1")
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+@every_kernel
+@every_op
+def test_small(case, op, kernel):
+    a, b = case.operands(op)
+    got = case.run(op, a, b, implementation=kernel)
+    case.check(op, got, case.expected(op, a, b), "float32")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [(kernel, dtype) for kernel in KERNELS for dtype in KERNELS[kernel] if dtype != "float32"],
+)
+@every_op
+def test_half(op, kernel, dtype):
+    a, b = CASE.operands(op, dtype)
+    got = CASE.run(op, a, b, implementation=kernel)
+    CASE.check(op, got, CASE.expected(op, a, b), dtype)
+
+
+# Many channels or images, or large filters.
+@pytest.mark.parametrize("case", XLA[4:9], ids=str)
+@every_kernel
+@every_op
+def test_of_another_project(case, op, kernel):
+    a, b = case.operands(op)
+    got = case.run(op, a, b, implementation=kernel)
+    case.check(op, got, case.expected(op, a, b), "float32")
+
+
+@every_kernel
+@every_op
+def test_channels_first(op, kernel):
+    a, b = CASE.operands(op)
+    got = CASE.run(op, a, b, data_format="NCHW", implementation=kernel)
+    CASE.check(op, got, CASE.expected(op, a, b), "float32")
+
+
+@pytest.mark.parametrize("in_axes", [(0, 0), (1, None), (None, 2)])
+@every_kernel
+@every_op
+def test_vmap(op, kernel, in_axes):
+    run = functools.partial(CASE.run, op, implementation=kernel)
+    problems = [CASE.operands(op, seed=seed) for seed in range(3)]
+    stacked = [np.stack(operands) for operands in zip(*problems, strict=True)]
+    operands = [
+        x[0] if axis is None else np.moveaxis(x, 0, axis)
+        for x, axis in zip(stacked, in_axes, strict=True)
+    ]
+    got = jax.vmap(run, in_axes)(*operands)
+    for i, result in enumerate(got):
+        a, b = (x[0 if axis is None else i] for x, axis in zip(stacked, in_axes, strict=True))
+        CASE.check(op, result, CASE.expected(op, a, b), "float32")
+
+
+@every_kernel
+@every_op
+def test_gradient_of_the_gradient(op, kernel):
+    def twice(a, b, **options):
+        def loss(a, b):
+            return jnp.sum(jnp.sin(CASE.run(op, a, b, **options)))
+
+        def inner(a, b):
+            da, db = jax.grad(loss, argnums=(0, 1))(a, b)
+            return jnp.sum(da**2) + jnp.sum(db**3)
+
+        return jax.jit(jax.grad(inner, argnums=(0, 1)))(a, b)
+
+    got = twice(*CASE.operands(op), implementation=kernel)
+    want = twice(*(np.float64(x) for x in CASE.operands(op)), implementation="lax")
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(w))))
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+@every_kernel
+def test_shard_map(kernel, check_vma):
+    """Values, and the gradients of a sharded input and of a replicated filter."""
+    case = Case("sharded", (8, 5, 6, 2), (3, 3, 2, 2), (2, 1))
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    batch, whole = PartitionSpec("batch"), PartitionSpec()
+    x, f = case.operands("forward")
+
+    def run(x, f, implementation):
+        return case.run("forward", x, f, implementation=implementation)
+
+    def gradients(run, x, f):
+        return jax.grad(lambda x, f: jnp.sum(jnp.sin(run(x, f))), argnums=(0, 1))(x, f)
+
+    sharded = jax.shard_map(
+        functools.partial(run, implementation=kernel),
+        mesh=mesh,
+        in_specs=(batch, whole),
+        out_specs=batch,
+        check_vma=check_vma,
+    )
+    case.check("forward", jax.jit(sharded)(x, f), case.expected("forward", x, f), "float32")
+    got = jax.jit(functools.partial(gradients, sharded))(x, f)
+    want = gradients(functools.partial(run, implementation="lax"), np.float64(x), np.float64(f))
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-4)
+
+
+@every_kernel
+@every_op
+def test_lowered_gradient_calls_the_kernel(op, kernel, monkeypatch):
+    """Forward and both gradients, without a convolution in their place."""
+    monkeypatch.delenv("JAX_DWBP_INTERPRET")
+    platform, target = CALLS[kernel]
+    a, b = CASE.operands(op)
+
+    def value_and_gradients(a, b):
+        y, pullback = jax.vjp(functools.partial(CASE.run, op, implementation=kernel), a, b)
+        return y, pullback(y)
+
+    lowered = jax.jit(value_and_gradients).trace(a, b).lower(lowering_platforms=(platform,))
+    text = lowered.as_text()
+    assert sum(target in line for line in text.splitlines() if "custom_call" in line) == 3
+    assert "stablehlo.convolution" not in text
+
+
+@every_kernel
+def test_not_interpreted_unless_asked_for(kernel, monkeypatch):
+    monkeypatch.delenv("JAX_DWBP_INTERPRET")
+    a, b = CASE.operands("forward")
+    platform, _ = CALLS[kernel]
+    case = Case("not_interpreted", (2, 5, 7, 2), (3, 3, 2, 2), (2, 1))
+    with pytest.raises(NotImplementedError, match=f"{kernel}: it runs on a"):
+        case.run("forward", *case.operands("forward"), implementation=kernel)
+    [found] = jax_dwbp.implementations(
+        functools.partial(CASE.run, "forward", implementation=kernel), a, b, platform=platform
+    )
+    assert found.runs == kernel
+
+
+@every_kernel
+def test_sizes_that_are_not_known_are_left_to_others(kernel):
+    """An exported program with a symbolic batch takes the next implementation."""
+    x, f = CASE.operands("forward")
+    (n,) = jax.export.symbolic_shape("n")
+    x = jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype)
+    platform, target = CALLS[kernel]
+    run = functools.partial(CASE.run, "forward", implementation=(kernel, "lax"))
+    exported = jax.export.export(jax.jit(run), platforms=(platform,))(x, f)
+    assert target not in exported.mlir_module()

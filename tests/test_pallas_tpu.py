@@ -1,0 +1,267 @@
+"""The TPU kernel, interpreted: its views, its tiles and its limits. test_values has the specs."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import OPS, Case
+
+from jax_dwbp._impl import pallas_tpu, taps
+from jax_dwbp._spec import canonicalize
+
+MB = 1 << 20
+
+every_op = pytest.mark.parametrize("op", OPS)
+
+
+@pytest.fixture(autouse=True)
+def interpret(monkeypatch):
+    monkeypatch.setenv("JAX_DWBP_INTERPRET", "1")
+    pallas_tpu._plan.cache_clear()
+    yield
+    pallas_tpu._plan.cache_clear()
+
+
+def spec_of(case):
+    options = case.attributes()
+    return canonicalize(
+        "forward",
+        case.input,
+        case.filter,
+        out_backprop_shape=None,
+        **options,
+        precision=None,
+        implementation=None,
+    )
+
+
+def plan_of(case, op: Any = "forward", dtype="float32") -> Any:
+    return pallas_tpu._plan(op, spec_of(case), case.input[0], jnp.dtype(dtype))
+
+
+def unsupported(case, op: Any = "forward", dtype="float32", platform: str | None = "tpu"):
+    a, b = (jax.ShapeDtypeStruct((1, *x.shape), dtype) for x in case.operands(op))
+    return pallas_tpu.unsupported(op, spec_of(case), platform, a, b)
+
+
+def run(case, op, a, b):
+    function = jax.jit(getattr(pallas_tpu, op), static_argnums=0)
+    return function(spec_of(case), a[None], b[None])[0]
+
+
+def check(case, op, dtype="float32"):
+    a, b = case.operands(op, dtype)
+    case.check(op, run(case, op, a, b), case.expected(op, a, b), dtype)
+
+
+# Each more than a block of N, of C and of loops over rows and columns, where N and C leave a rest.
+VIEWS = {
+    "gnhwc": Case("few_images", (3, 19, 21, 130), (3, 2, 130, 1), (2, 2)),
+    "ghwnc": Case("images_in_sublanes", (33, 5, 11, 130), (3, 2, 130, 1), (2, 2)),
+    "ghwcn": Case("images_in_lanes", (130, 9, 13, 17), (2, 3, 17, 1), (1, 2)),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@every_op
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_views(view, op, dtype):
+    plan = plan_of(VIEWS[view], op, dtype)
+    assert plan.view == view
+    assert max(plan.grid["n"], plan.grid["c"]) > 1
+    check(VIEWS[view], op, dtype)
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "multiplier", "view"),
+    (
+        (1, 256, 1, "gnhwc"),
+        (7, 32, 2, "gnhwc"),
+        (8, 128, 1, "ghwnc"),
+        (64, 128, 1, "ghwnc"),
+        (63, 32, 1, "ghwnc"),
+        (64, 32, 1, "ghwcn"),
+        (64, 32, 2, "ghwnc"),
+    ),
+)
+def test_the_view_is_the_layout_around_it(batch, channels, multiplier, view):
+    case = Case("", (batch, 14, 14, channels), (3, 3, channels, multiplier))
+    assert {plan_of(case, op).view for op in OPS} == {view}
+
+
+TILED = Case("tiled", (32, 23, 10, 6), (5, 3, 6, 1), (2, 1), ((3, 0), (1, 1)), (2, 1))
+
+
+@every_op
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_rows_in_tiles(monkeypatch, op, dtype):
+    """The first, the middle and the last tile, which is not a whole one."""
+    whole = plan_of(TILED, op, dtype)
+    assert whole.rows.tiles == 1
+    monkeypatch.setattr(pallas_tpu, "_VMEM", (whole.bytes // 2,) * 2)
+    pallas_tpu._plan.cache_clear()
+    plan = plan_of(TILED, op, dtype)
+    assert plan.rows.tiles > 2 and plan.columns.tiles == 1
+    check(TILED, op, dtype)
+
+
+@every_op
+def test_rows_and_columns_in_tiles(monkeypatch, op):
+    case = Case("both", (32, 11, 37, 6), (3, 4, 6, 1), (1, 2), ((2, 1), (5, 4)))
+    monkeypatch.setattr(pallas_tpu, "_VMEM", (MB // 2,) * 2)
+    plan = plan_of(case, op)
+    assert plan.rows.tiles > 2 and plan.columns.tiles > 2
+    check(case, op)
+
+
+@every_op
+def test_one_long_row_of_one_image(monkeypatch, op):
+    """Cut, it can't have W in the sublanes."""
+    case = Case("long", (1, 1, 100, 3), (1, 4, 3, 1), padding=((0, 0), (3, 0)))
+    assert plan_of(case, op).view == "gnhwc"
+    monkeypatch.setattr(pallas_tpu, "_VMEM", (MB // 4,) * 2)
+    pallas_tpu._plan.cache_clear()
+    plan = plan_of(case, op)
+    assert plan.view == "ghwnc" and plan.columns.tiles > 2
+    check(case, op)
+
+
+@every_op
+def test_many_taps_are_looped_over(op):
+    case = Case("looped", (1, 12, 13, 2), (11, 9, 2, 1))
+    assert case.filter[0] * case.filter[1] > pallas_tpu._UNROLLED
+    check(case, op)
+
+
+@every_op
+@pytest.mark.parametrize(("channels", "multiplier"), ((130, 3), (5, 60)))
+def test_lanes_of_a_channel_in_several_registers(op, channels, multiplier):
+    case = Case("lanes", (2, 4, 5, channels), (2, 3, channels, multiplier))
+    assert plan_of(case, op).chunks == 3
+    check(case, op)
+
+
+@every_op
+def test_infinities_stay_in_their_lane(op):
+    case = Case("inf", (2, 4, 5, 3), (2, 3, 3, 2))
+    a, b = case.operands(op)
+    which = b if op == "input_grad" else a
+    which[0, 2, 2, 1] = np.inf
+    got = np.asarray(run(case, op, a, b))
+    with np.errstate(invalid="ignore"):
+        expected = case.expected(op, a, b)
+    np.testing.assert_array_equal(np.isfinite(got), np.isfinite(expected))
+    assert not np.isfinite(got).all() and np.isfinite(got).any()
+
+
+@every_op
+def test_problems_have_filters_of_their_own(op):
+    case = Case("problems", (2, 5, 6, 3), (3, 2, 3, 2), (1, 2))
+    operands = [case.operands(op, seed=seed) for seed in range(3)]
+    a, b = (np.stack(arrays) for arrays in zip(*operands, strict=True))
+    got = jax.jit(getattr(pallas_tpu, op), static_argnums=0)(spec_of(case), a, b)
+    for result, (x, y) in zip(got, operands, strict=True):
+        case.check(op, result, case.expected(op, x, y), "float32")
+
+
+@every_op
+def test_no_tap_meets_the_input(op):
+    case = Case("apart", (1, 2, 3, 2), (1, 1, 2, 2), (5, 5), ((1, 4), (1, 4)))
+    check(case, op)
+
+
+@every_op
+def test_a_wrong_plan_fails(monkeypatch, op):
+    """One tap too far: the tolerance would not hide it."""
+    case = Case("wrong", (2, 5, 6, 3), (3, 3, 3, 1))
+    check(case, op)
+    right = taps.axes
+
+    def wrong(op, spec):
+        rows, columns = right(op, spec)
+        first, *others = columns.phases[0]
+        return rows, columns._replace(
+            phases=[[first._replace(offset=first.offset + 1), *others], *columns.phases[1:]]
+        )
+
+    monkeypatch.setattr(pallas_tpu, "axes", wrong)
+    pallas_tpu._plan.cache_clear()
+    jax.clear_caches()
+    with pytest.raises(AssertionError, match="of what is allowed"):
+        check(case, op)
+    jax.clear_caches()
+
+
+# ---- What it can't run.
+
+
+def test_unsupported():
+    case = Case("small", (2, 5, 6, 3), (3, 3, 3, 1))
+    for op in OPS:
+        assert unsupported(case, op) is None
+        assert unsupported(case, op, "bfloat16") is None
+        for dtype in ("float16", "float64"):
+            reason = unsupported(case, op, dtype)
+            assert reason == f"a TPU computes in float32 and bfloat16, got {dtype}"
+    wide = Case("wide", (2, 5, 200, 3), (1, 129, 3, 1))
+    assert unsupported(wide) == "filters may have at most 128 columns, got 129"
+    many = Case("many", (2, 5, 6, 3), (3, 3, 3, 2000))
+    assert "at most 4096 outputs, got 6000" in str(unsupported(many))
+
+
+@every_op
+def test_what_it_takes_fits_the_vmem(op):
+    fitting = Case("fits", (32, 4096, 64, 128), (31, 31, 128, 1))
+    assert plan_of(fitting, op).bytes <= pallas_tpu._VMEM[-1]
+    beyond = Case("beyond", (32, 40, 40, 128), (31, 31, 128, 32))
+    assert "VMEM" in str(unsupported(beyond, op))
+
+
+# ---- When it is the best.
+
+
+def preferred(case, op, dtype="bfloat16"):
+    a, b = (
+        jax.ShapeDtypeStruct((1, *shape), dtype)
+        for shape in {
+            "forward": (case.input, case.filter),
+            "input_grad": (case.filter, case.output),
+            "filter_grad": (case.input, case.output),
+        }[op]
+    )
+    return pallas_tpu.preferred(op, spec_of(case), a, b)
+
+
+@pytest.mark.parametrize(
+    ("case", "ops"),
+    (
+        (Case("3x3", (32, 28, 28, 256), (3, 3, 256, 1)), ()),
+        (Case("3x3 s2", (32, 56, 56, 128), (3, 3, 128, 1), (2, 2)), ()),
+        (Case("5x5 s2", (32, 56, 56, 128), (5, 5, 128, 1), (2, 2)), ("input_grad",)),
+        (Case("7x7", (32, 28, 28, 256), (7, 7, 256, 1)), ()),
+        (Case("few channels", (64, 28, 28, 32), (3, 3, 32, 1)), ("forward", "input_grad")),
+        (Case("few images", (2, 28, 28, 256), (3, 3, 256, 1)), OPS),
+        (Case("multiplier", (32, 28, 28, 256), (3, 3, 256, 2)), OPS),
+    ),
+    ids=str,
+)
+def test_preferred(case, ops):
+    assert tuple(op for op in OPS if preferred(case, op)) == ops
+
+
+# ---- Lowering, which needs no TPU.
+
+
+@every_op
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("x64", (False, True))
+def test_it_lowers_for_a_tpu(monkeypatch, view, op, x64):
+    monkeypatch.delenv("JAX_DWBP_INTERPRET")
+    case = VIEWS[view]
+    with jax.enable_x64(x64):
+        a, b = (jax.ShapeDtypeStruct((1, *x.shape), jnp.bfloat16) for x in case.operands(op))
+        function = jax.jit(getattr(pallas_tpu, op), static_argnums=0)
+        lowered = function.trace(spec_of(case), a, b).lower(lowering_platforms=("tpu",))
+    assert "tpu_custom_call" in lowered.as_text()
