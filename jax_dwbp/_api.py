@@ -253,7 +253,7 @@ def implementations(
 
     >>> x, f = jnp.ones((1, 4, 4, 2), "float32"), jnp.ones((3, 3, 2, 1), "float32")
     >>> [op] = implementations(
-    ...     depthwise_conv2d_native, x, f, strides=(1, 1), padding="SAME", platform="tpu"
+    ...     depthwise_conv2d_native, x, f, strides=(1, 1), padding="SAME", platform="rocm"
     ... )
     >>> op.runs
     'lax'

@@ -528,7 +528,9 @@ def _flag_values() -> flags.FlagValues:
     names("ops", ",".join(OPS), "Out of these.")
     names("batch", "8", "Batch sizes; 1,8,32 tell the most.")
     flags.DEFINE_enum("dtype", "float32", DTYPES, "Of all arrays.", **options)
-    names("implementations", None, "All by default. The ratios are those of the first.")
+    names(
+        "implementations", None, "By default those that can run. The ratios are those of the first."
+    )
     names("peers", None, f"Out of {','.join(_PEERS)}; by default those installed.")
     flags.DEFINE_integer("blocks", 7, "Of calls, for each contestant.", 1, **options)
     flags.DEFINE_float("block_seconds", 0.1, "The duration of a block.", 0, **options)
@@ -545,9 +547,12 @@ def _run(values: flags.FlagValues) -> int:
         for batch in _batches(values.batch)
         for layer in _command_line.found(values.filter, "layers", LAYERS)
     ]
-    known = ["default", *_selections(problems[0])[0].reasons]
-    names = known
-    if values.implementations is not None:
+    selections = [selection for problem in problems for selection in _selections(problem)]
+    known = ["default", *selections[0].reasons]
+    if values.implementations is None:
+        runs = {name for s in selections for name, reason in s.reasons.items() if reason is None}
+        names = [name for name in known if name == "default" or name in runs]
+    else:
         names = _command_line.chosen("implementations", values.implementations, known)
     peers = _peers(values.peers, values.dtype)
     for name in ("json", "plot"):

@@ -70,12 +70,36 @@ def test_symbolic_height_is_refused():
         export.export(jax.jit(functools.partial(CASE.run, "forward")))(shape, b)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+@pytest.mark.parametrize(
+    ("platform", "runs"),
+    [
+        ("cpu", None),
+        ("cuda", "__gpu$xla.gpu.triton"),
+        ("rocm", "stablehlo.convolution"),
+        ("tpu", "tpu_custom_call"),
+    ],
+)
 @every_op
-def test_lowering_without_the_hardware(op, platform):
+def test_lowering_without_the_hardware(op, platform, runs):
+    """Each platform gets its own choice, made when it is lowered for."""
     a, b = CASE.operands(op)
     lowered = (
         jax.jit(functools.partial(CASE.run, op)).trace(a, b).lower(lowering_platforms=(platform,))
     )
-    # Each platform gets its own choice, made when it is lowered for.
-    assert ("stablehlo.convolution" in lowered.as_text()) == (platform != "cpu")
+    text = lowered.as_text()
+    for choice in ("__gpu$xla.gpu.triton", "stablehlo.convolution", "tpu_custom_call"):
+        assert (choice in text) == (choice == runs)
+
+
+@every_op
+def test_export_has_what_stays_stable(op):
+    """One artifact: the kernel of TPUs, which JAX promises to keep, but no other kernel."""
+    a, b = CASE.operands(op)
+    exported = export.export(
+        jax.jit(functools.partial(CASE.run, op)), platforms=("cpu", "tpu", "cuda")
+    )(a, b)
+    text = exported.mlir_module()
+    assert "tpu_custom_call" in text and "stablehlo.convolution" in text
+    assert "triton" not in text and "jax_dwbp_depthwise_conv2d" not in text
+    restored = export.deserialize(exported.serialize())
+    CASE.check(op, restored.call(a, b), CASE.expected(op, a, b), "float32")

@@ -31,8 +31,14 @@ def test_defaults(op):
     assert [name for name, reason in found.reasons.items() if reason is None] == [
         name for name in found.reasons if name in IMPLEMENTATIONS
     ]
-    for platform in ("tpu", "cuda", "rocm"):
-        assert selection(CASE, op, platform).runs == "lax"
+    # The kernels where they are preferred, by batch on a TPU.
+    many = dataclasses.replace(CASE, input=(16, *CASE.input[1:]))
+    assert selection(CASE, op, "tpu").runs == "pallas_tpu"
+    assert selection(many, op, "tpu").runs == "lax"
+    assert selection(CASE, op, "cuda").runs == "pallas_gpu"
+    assert selection(CASE, op, "rocm").runs == "lax"
+    large = dataclasses.replace(CASE, filter=(9, 9, 2, 1))
+    assert selection(large, op, "cuda").runs == "lax"
 
 
 def test_limits_of_xla_taps():
@@ -120,9 +126,8 @@ def test_a_requested_implementation_is_what_runs():
 def test_lax_is_told_to_sum_in_float32(op, dtype):
     """XLA does so on a CPU anyway, so results here can't tell."""
     a, b = CASE.operands(op, dtype)
-    lowered = (
-        jax.jit(lambda a, b: CASE.run(op, a, b)).trace(a, b).lower(lowering_platforms=("tpu",))
-    )
+    run = jax.jit(lambda a, b: CASE.run(op, a, b, implementation="lax"))
+    lowered = run.trace(a, b).lower(lowering_platforms=("tpu",))
     [convolution] = [x for x in lowered.as_text().splitlines() if "stablehlo.convolution" in x]
     assert convolution.endswith("xf32>")
 
