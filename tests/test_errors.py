@@ -739,7 +739,8 @@ def test_attributes_follow_the_layout(op):
 
 @every_op
 def test_unknown_implementation(op):
-    message = "`implementation` must be out of lax, xla_taps, native_cpu, got "
+    names = "lax, xla_taps, pallas_tpu, pallas_gpu, native_cpu"
+    message = f"`implementation` must be out of {names}, got "
     for value in ("foo", "", "LAX", " lax"):
         refuses(ValueError, message + repr(value), op, implementation=value)
         refuses(ValueError, message + repr(value), op, implementation=["lax", value])

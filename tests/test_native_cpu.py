@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from cases import HAS_NATIVE, OPS, Case
 from jax import export
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 import jax_dwbp
 from jax_dwbp._impl import native_cpu
@@ -142,23 +142,6 @@ def test_by_name_it_exports_for_those_who_ask_for_it(op):
     assert TARGET in exported.mlir_module()
     restored = export.deserialize(exported.serialize())
     CASE.check(op, restored.call(a, b), CASE.expected(op, a, b), "float32")
-
-
-@compiled
-@pytest.mark.parametrize("by_name", [False, True])
-@every_op
-def test_what_xla_partitions_has_to_be_transparent(op, by_name):
-    """By name it is called on arrays that are gathered first: what was asked for is what runs."""
-    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
-    by_batch, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("batch",), ()))
-    operands = CASE.operands(op)
-    placed = [
-        jax.device_put(x, by_batch if x.shape[0] == CASE.input[0] else whole) for x in operands
-    ]
-    options = {"implementation": "native_cpu"} if by_name else {}
-    run = jax.jit(functools.partial(CASE.run, op, **options))
-    assert (TARGET in program(run, *placed)) == by_name
-    CASE.check(op, run(*placed), CASE.expected(op, *operands), "float32")
 
 
 @compiled
