@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_dwbp._impl import interpreted
-from jax_dwbp._spec import OPERANDS, ConvSpec, Op, brief
+from jax_dwbp._spec import OPERANDS, RESULTS, ConvSpec, Op, brief
 
 # Best first. On a CPU (2 cores, AVX-512, float32, layers of networks at batch 8), native_cpu takes
 # a half to a 50th of the time of xla_taps, but for one result of 38 MB, where the memory is what
@@ -151,7 +151,7 @@ def run(
                 x = x.reshape(_one_problem(x.shape))
             operands.append(jnp.moveaxis(x, 2, 4) if _channels_first(spec, name) else x)
         result = implementation(_channels_last(spec), *operands)
-        if op != "filter_grad" and spec.data_format == "NCHW":
+        if _channels_first(spec, RESULTS[op]):
             result = jnp.moveaxis(result, 4, 2)
         return result.reshape(shape)
 

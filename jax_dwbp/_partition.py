@@ -26,11 +26,10 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_dwbp import _dispatch
-from jax_dwbp._spec import OPERANDS, ConvSpec, Op
+from jax_dwbp._spec import OPERANDS, RESULTS, ConvSpec, Op
 
 AnyMesh = Mesh | AbstractMesh
 
-_RESULTS = {"forward": "dy", "input_grad": "x", "filter_grad": "f"}
 # The operand of which a part of the result needs more than the same part.
 _SOURCES = {"forward": "x", "input_grad": "dy", "filter_grad": "x"}
 # The factor that is divided with each axis; the others are not divided.
@@ -110,7 +109,7 @@ def explicit(op: Op, spec: ConvSpec, part: Callable, a: jax.Array, b: jax.Array)
 def _all_axes(op: Op, spec: ConvSpec, a: jax.Array, b: jax.Array) -> dict[str, str]:
     """Those of the two operands and of the result."""
     result = len(spec.result_shape(op, a.shape, b.shape))
-    arrays = zip((*OPERANDS[op], _RESULTS[op]), (a.ndim, b.ndim, result), strict=True)
+    arrays = zip((*OPERANDS[op], RESULTS[op]), (a.ndim, b.ndim, result), strict=True)
     return {name: _axes(name, ndim, spec) for name, ndim in arrays}
 
 
@@ -301,7 +300,7 @@ def _local(
     if op == "filter_grad":
         return (lax.psum(result, tuple(summed)) if summed else result).astype(dtype)
     for factor, window in windows.items():
-        target = _RESULTS[op]
+        target = RESULTS[op]
         position = axes[target].index({"p": "h", "q": "w"}[factor] if target == "x" else factor)
         result = _slice(result, position, divided[factor], window.skipped, window.rows)
     return result

@@ -39,11 +39,10 @@ from jax.interpreters import ad, batching, mlir, partial_eval
 from jax.sharding import AbstractMesh, use_abstract_mesh
 
 from jax_dwbp import _dispatch, _partition
-from jax_dwbp._spec import OPERANDS, PRECISIONS, ConvSpec, Op
+from jax_dwbp._spec import OPERANDS, PRECISIONS, RESULTS, ConvSpec, Op
 
 # The op that leaves out each argument of T.
-_LEAVES_OUT: dict[str, Op] = {"x": "input_grad", "f": "filter_grad", "dy": "forward"}
-_LEFT_OUT = {op: argument for argument, op in _LEAVES_OUT.items()}
+_LEAVES_OUT: dict[str, Op] = {argument: op for op, argument in RESULTS.items()}
 
 
 def apply(a: jax.Array, b: jax.Array, *, op: Op, spec: ConvSpec, forward_mode: bool) -> jax.Array:
@@ -68,8 +67,7 @@ def _apply(a: jax.Array, b: jax.Array, *, op: Op, spec: ConvSpec, forward_mode: 
         default = jax.config.jax_default_matmul_precision  # pyright: ignore
         spec = dataclasses.replace(spec, precision=PRECISIONS.get(str(default).lower()))
     a, b = _same_varying_axes(a, b)
-    run: Callable = functools.partial(_bind if forward_mode else _reverse_mode, op, spec)
-    return run(a, b)
+    return (_bind if forward_mode else _reverse_mode)(op, spec, a, b)
 
 
 @functools.partial(jax.jit, static_argnames=("op", "spec", "forward_mode"))
@@ -117,7 +115,7 @@ def _cotangent(u: Any, a: Any, b: Any, *, index: int, op: Op, spec: ConvSpec) ->
     if operand.aval.ndim < u.ndim:
         # A filter that problems share has the gradient of one problem with the images of all.
         u, other = (_join(u), _join(other))
-    known = {OPERANDS[op][1 - index]: other, _LEFT_OUT[op]: u}
+    known = {OPERANDS[op][1 - index]: other, RESULTS[op]: u}
     derivative = _LEAVES_OUT[OPERANDS[op][index]]
     return _bind(derivative, spec, *(known[name] for name in OPERANDS[derivative]))
 

@@ -27,6 +27,8 @@ OPERANDS: dict[Op, tuple[str, str]] = {
     "input_grad": ("f", "dy"),
     "filter_grad": ("x", "dy"),
 }
+# And what it computes.
+RESULTS: dict[Op, str] = {"forward": "dy", "input_grad": "x", "filter_grad": "f"}
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 # What the caller of each op calls its input, its filter and its output.
