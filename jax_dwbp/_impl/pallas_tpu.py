@@ -427,6 +427,8 @@ def _call(plan: _Plan, kernel: Callable, operands: dict[str, Any], out_shape, ou
     arrays, in_specs = zip(*operands.values(), strict=True)
     # filter_grad sums over the images, rows and columns.
     semantics: Any = "arbitrary" if plan.op == "filter_grad" else "parallel"
+    # A `shard_map` wants to be told.
+    out_shape = out_shape.update(manual_axis_type=jax.typeof(arrays[0]).manual_axis_type)
     # Within the kernel all integers have 32 bits.
     with jax.enable_x64(False):
         return pl.pallas_call(
