@@ -64,8 +64,9 @@ def depthwise_conv2d_native(
       precision: a `jax.lax.Precision`, its name, or a pair of them. For "lax" on accelerators; the
         other implementations are exact to their accumulation.
       implementation: None for the best. There always is one, but on a CPU for windows of more than
-        2**24 positions along an axis. A name ("lax", "xla_taps", "native_cpu") runs that one or
-        raises; of a sequence of names, the first that can. Gradients follow it.
+        2**24 positions along an axis. A name ("lax", "xla_taps", "native_cpu", "pallas_tpu",
+        "pallas_gpu") runs that one or raises; of a sequence of names, the first that can.
+        Gradients follow it.
         `jax_dwbp.implementations` tells what runs and why the others don't.
       forward_mode: True for `jvp`, `jacfwd`, `hessian`, `linearize` and `linear_transpose`. By
         default the op is a `jax.custom_vjp`, which rules these out.
@@ -239,7 +240,9 @@ def implementations(
     """Tells which implementation runs for each depthwise convolution in `fun(*args, **kwargs)`.
 
     Nothing is run: `fun`, one of the functions of this package or any function that calls them, its
-    gradient included, is traced for the shapes of its arguments.
+    gradient included, is traced for the shapes of its arguments. The answer is that for one device:
+    of a sharded program each device decides by its part, and what is exported leaves out native_cpu
+    and pallas_gpu.
 
     Args:
       fun: the function.

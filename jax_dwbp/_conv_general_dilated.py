@@ -3,6 +3,7 @@ one, and a context for code that does not."""
 
 import contextlib
 import importlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax_dwbp import _rules
 from jax_dwbp._spec import DTYPES, ConvSpec, canonicalize
 
 _LAX = lax.conv_general_dilated
+_entered, _lock = 0, threading.Lock()  # how often `in_place_of_lax` is entered
 
 
 def conv_general_dilated(
@@ -96,14 +98,20 @@ def in_place_of_lax() -> Iterator[None]:
     >>> with in_place_of_lax():
     ...     y = jax.lax.conv_general_dilated(x, f, (1, 1), "SAME", feature_group_count=4)
     """
+    global _entered
     # It calls lax's own, which it has to find first.
     importlib.import_module("jax_dwbp._impl.lax")
-    before = lax.conv_general_dilated
-    lax.conv_general_dilated = conv_general_dilated
+    with _lock:
+        _entered += 1
+        lax.conv_general_dilated = conv_general_dilated
     try:
         yield
     finally:
-        lax.conv_general_dilated = before
+        # Contexts of several threads may end in any order: the last one puts lax's back.
+        with _lock:
+            _entered -= 1
+            if _entered == 0:
+                lax.conv_general_dilated = _LAX
 
 
 def _depthwise_spec(lhs: Any, rhs: Any, *arguments: Any) -> ConvSpec | None:

@@ -118,8 +118,9 @@ def _why_not(
         if platform not in (None, home) and (home == "cpu" or not interpreted()):
             return f"it runs on {device}"
         sizes = [size for operand in operands for size in operand.shape]
-        if home != "cpu" and not all(isinstance(size, int) for size in sizes):
-            return f"it is compiled for one batch size, got {operands[0].shape[1]}"
+        unknown = [size for size in sizes if not isinstance(size, int)]
+        if home != "cpu" and unknown:
+            return f"it is compiled for one batch size, got {unknown[0]}"
     return _module(name).unsupported(op, _channels_last(spec), platform, *operands)
 
 

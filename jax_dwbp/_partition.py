@@ -86,7 +86,11 @@ def explicit(op: Op, spec: ConvSpec, part: Callable, a: jax.Array, b: jax.Array)
     """
     axes = _all_axes(op, spec, a, b)
     shardings = [jax.typeof(x).sharding for x in (a, b)]
-    [mesh] = {sharding.mesh for sharding in shardings if any(sharding.spec)}
+    mesh, *others = {sharding.mesh for sharding in shardings if any(sharding.spec)}
+    if others:
+        raise ValueError(
+            f"the operands of an op must be sharded over one mesh, got {mesh} and {others[0]}"
+        )
     given = [sharding.spec for sharding in shardings]
     divided = _divided(op, spec, axes, given, mesh)
     *in_specs, out_spec = (_spec(letters, divided) for letters in axes.values())

@@ -51,13 +51,22 @@ def apply(a: jax.Array, b: jax.Array, *, op: Op, spec: ConvSpec, forward_mode: b
     if _explicitly_sharded(a, b):
         # As they are, for the sake of their cotangents, which this gives the operand's type. Those
         # that shard_map returns for an array from before the mesh have another.
-        a, b = (jax.sharding.reshard(x, jax.typeof(x).sharding.spec) for x in (a, b))
+        a, b = (_resharded(x) for x in (a, b))
         run = _explicit
     return run(a, b, op=op, spec=spec, forward_mode=forward_mode)
 
 
 def _explicitly_sharded(*operands: jax.Array) -> bool:
     return any(axis for operand in operands for axis in jax.typeof(operand).sharding.spec)
+
+
+def _resharded(x: jax.Array) -> jax.Array:
+    sharding = jax.typeof(x).sharding
+    if not sharding.mesh.empty:
+        return jax.sharding.reshard(x, sharding)
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.sharding.reshard(x, sharding.spec)
 
 
 @functools.partial(jax.jit, static_argnames=("op", "spec", "forward_mode"))
@@ -198,13 +207,16 @@ def _lower(ctx, a, b, *, op, spec, platform):
     program = _dispatch.Program(partitioned, exported)
     run = functools.partial(_dispatch.run, op, spec, platform, program)
     empty = any(0 in aval.shape for aval in (*ctx.avals_in, *ctx.avals_out))
-    if partitioned and not exported and not empty and (known := _with_devices(ctx, platform)):
-        ctx, run = known, functools.partial(_partition.run, op, spec, platform)
+    divided = None
+    if partitioned and not exported and not empty:
+        divided = _with_devices(ctx, platform)
     with contextlib.ExitStack() as contexts:
         if ctx.avals_in[0].dtype.itemsize == 8:
             # Where this is lowered float64 may be off, though it was on where the op was called.
             contexts.enter_context(jax.enable_x64(True))
-        if not partitioned:
+        if divided:
+            ctx, run = divided, functools.partial(_partition.run, op, spec, platform)
+        else:
             # The implementations know nothing of the mesh of a `shard_map` around them.
             ctx = ctx.replace(avals_in=[ShapedArray(x.shape, x.dtype) for x in ctx.avals_in])
             contexts.enter_context(use_abstract_mesh(AbstractMesh((), ())))

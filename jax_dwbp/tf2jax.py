@@ -53,7 +53,8 @@ def _parser(function: Callable) -> Callable[[Any], Callable]:
         attributes = {name: _value(proto.attr[name]) for name in _ATTRIBUTES if name in proto.attr}
 
         def run(*operands: Any) -> jax.Array:
-            return function(*operands, **attributes)
+            # tf2jax's own op has forward mode.
+            return function(*operands, **attributes, forward_mode=True)
 
         return run
 
@@ -90,7 +91,8 @@ def _dense_gradient(wanted: int) -> Callable[[Any], Callable]:
 
     def parse(proto: Any) -> Callable:
         attributes = {name: _value(proto.attr[name]) for name in _ATTRIBUTES if name in proto.attr}
-        layout = attributes["data_format"]
+        layout = attributes.get("data_format", "NHWC")
+        dilations = attributes.get("dilations") or (1,) * 4
         height, width = layout.index("H"), layout.index("W")
         padding = attributes["padding"]
         if padding == "EXPLICIT":
@@ -111,7 +113,7 @@ def _dense_gradient(wanted: int) -> Callable[[Any], Callable]:
                     f,
                     [attributes["strides"][axis] for axis in (height, width)],
                     padding,
-                    rhs_dilation=[attributes["dilations"][axis] for axis in (height, width)],
+                    rhs_dilation=[dilations[axis] for axis in (height, width)],
                     dimension_numbers=(layout, "HWIO", layout),
                     feature_group_count=shapes[0][layout.index("C")] // shapes[1][2],
                 )

@@ -248,6 +248,18 @@ def test_in_place_of_lax_is_left_on_an_error():
     np.testing.assert_allclose(dense[..., 0], by_name.sum(-1), rtol=1e-6)
 
 
+def test_in_place_of_lax_ends_with_the_last_context():
+    """Contexts of two threads may overlap."""
+    before = jax.lax.conv_general_dilated
+    first, second = jax_dwbp.in_place_of_lax(), jax_dwbp.in_place_of_lax()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert jax.lax.conv_general_dilated is jax_dwbp.conv_general_dilated
+    second.__exit__(None, None, None)
+    assert jax.lax.conv_general_dilated is before
+
+
 def test_causal_convolution_of_one_dimension():
     """As in Mamba: kernel 4, each output of what came before."""
     rng = np.random.default_rng(0)

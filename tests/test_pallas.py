@@ -97,12 +97,15 @@ def test_gradient_of_the_gradient(op, kernel):
         np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(w))))
 
 
-@pytest.mark.parametrize("check_vma", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "check_vma"), [((8, 1), False), ((8, 1), True), ((2, 4), True)], ids=str
+)
 @every_kernel
-def test_shard_map(kernel, check_vma):
-    """Values, and the gradients of a sharded input and of a replicated filter."""
+def test_shard_map(kernel, shape, check_vma):
+    """Values, and the gradients of a sharded input and of a replicated filter; also where an axis
+    of the mesh is left to XLA."""
     case = Case("sharded", (8, 5, 6, 2), (3, 3, 2, 2), (2, 1))
-    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh(shape, ("batch", "rest"), axis_types=(AxisType.Auto,) * 2)
     batch, whole = PartitionSpec("batch"), PartitionSpec()
     x, f = case.operands("forward")
 
@@ -117,6 +120,7 @@ def test_shard_map(kernel, check_vma):
         mesh=mesh,
         in_specs=(batch, whole),
         out_specs=batch,
+        axis_names={"batch"} if shape[1] > 1 else set(mesh.axis_names),
         check_vma=check_vma,
     )
     case.check("forward", jax.jit(sharded)(x, f), case.expected("forward", x, f), "float32")
@@ -166,5 +170,7 @@ def test_sizes_that_are_not_known_are_left_to_others(kernel):
     x = jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype)
     platform, target = CALLS[kernel]
     run = functools.partial(CASE.run, "forward", implementation=(kernel, "lax"))
+    [found] = jax_dwbp.implementations(run, x, f, platform=platform)
+    assert found.reasons[kernel] == "it is compiled for one batch size, got n"
     exported = jax.export.export(jax.jit(run), platforms=(platform,))(x, f)
     assert target not in exported.mlir_module()

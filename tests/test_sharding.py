@@ -219,3 +219,36 @@ def test_filter_from_before_the_explicit_mesh(explicit_mesh, function, derive):
     with jax.set_mesh(explicit_mesh):
         x = jax.device_put(x, NamedSharding(explicit_mesh, P("i")))
         np.testing.assert_allclose(derive(loss, run, x, f), want, atol=1e-10)
+
+
+@pytest.mark.parametrize("op", ["forward", "input_grad", "filter_grad"])
+def test_explicit_sharding_without_a_mesh_in_the_context(explicit_mesh, op):
+    case = Case("explicit", (8, 5, 6, 2), (3, 3, 2, 2), (2, 1))
+    run = functools.partial(case.run, op)
+    gradient = jax.grad(lambda a, b: jnp.sum(jnp.sin(run(a, b))), argnums=(0, 1))
+    operands = case.operands(op, "float64")
+    activation, of_filter = P("i"), P()
+    *in_specs, out_spec = {
+        "forward": (activation, of_filter, activation),
+        "input_grad": (of_filter, activation, activation),
+        "filter_grad": (activation, activation, of_filter),
+    }[op]
+    placed = [
+        jax.device_put(x, NamedSharding(explicit_mesh, spec))
+        for x, spec in zip(operands, in_specs, strict=True)
+    ]
+    want = [run(*operands), *gradient(*operands)]
+    # A gradient of anything outside of a jit JAX itself refuses there.
+    got = [jax.jit(run)(*placed), *jax.jit(gradient)(*placed)]
+    for g, w in zip([*got, run(*placed)], [*want, want[0]], strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-11)
+    assert got[0].sharding.is_equivalent_to(NamedSharding(explicit_mesh, out_spec), got[0].ndim)
+
+
+def test_explicit_sharding_over_two_meshes_is_refused(explicit_mesh):
+    x, f = CASE.operands("forward")
+    other = jax.make_mesh((2, 4), ("j", "k"), axis_types=(AxisType.Explicit,) * 2)
+    x = jax.device_put(x, NamedSharding(explicit_mesh, P("i")))
+    f = jax.device_put(f, NamedSharding(other, P(None, None, "j")))
+    with pytest.raises(ValueError):
+        jax_dwbp.depthwise_conv2d_native(x, f, (1, 1), "SAME")

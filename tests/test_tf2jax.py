@@ -157,3 +157,5 @@ def test_results_are_jax_arrays():
     )
     y = jax.vmap(function, (0, None))(jnp.stack([x, x]), jnp.asarray(f))
     assert isinstance(y, jax.Array) and y.shape == (2, *case.output)
+    _, tangent = jax.jvp(lambda f: function(x, f), (f,), (f,))  # forward mode, as with tf2jax's own
+    np.testing.assert_allclose(tangent, y[0], rtol=1e-6)

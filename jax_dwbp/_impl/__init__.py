@@ -18,5 +18,8 @@ import os
 
 
 def interpreted() -> bool:
-    """Whether Pallas kernels are interpreted, on any platform: slowly, to test or to debug them."""
+    """Whether Pallas kernels are interpreted, on any platform: slowly, to test or to debug them.
+
+    What was compiled before the environment changed stays as it is.
+    """
     return os.environ.get("JAX_DWBP_INTERPRET") == "1"

@@ -14,6 +14,7 @@ results are the same in each run.
 import functools
 import importlib
 import math
+import threading
 import types
 import warnings
 from collections.abc import Callable
@@ -144,6 +145,9 @@ def _pallas() -> tuple[types.ModuleType, types.ModuleType]:
     )
 
 
+_lock = threading.Lock()
+
+
 # A primitive of their own lowers the kernels, for what has to hold meanwhile.
 _primitive = Primitive("depthwise_conv2d_pallas_gpu")
 
@@ -159,6 +163,7 @@ def _lower(ctx, a, b, *, op, spec):
         # JAX asks for one, which makes no difference to these kernels.
         device = AbstractDevice("NVIDIA A100-SXM4-40GB", num_cores=None, platform="gpu")
     with (
+        _lock,  # the filters of warnings are those of all threads
         use_abstract_mesh(AbstractMesh((), (), abstract_device=device)),
         warnings.catch_warnings(),
     ):
