@@ -50,7 +50,7 @@ def register() -> None:
 def _parser(function: Callable) -> Callable[[Any], Callable]:
     def parse(proto: Any) -> Callable:
         """The JAX function of a node of a graph."""
-        attributes = {name: _value(proto.attr[name]) for name in _ATTRIBUTES if name in proto.attr}
+        attributes = _attributes(proto)
 
         def run(*operands: Any) -> jax.Array:
             # tf2jax's own op has forward mode.
@@ -61,10 +61,13 @@ def _parser(function: Callable) -> Callable[[Any], Callable]:
     return parse
 
 
-def _value(attribute: Any) -> Any:
-    if attribute.HasField("s"):
-        return attribute.s.decode()
-    return tuple(attribute.list.i)
+def _attributes(proto: Any) -> dict[str, Any]:
+    """Those of a node that say how it convolves."""
+    present = {name: proto.attr[name] for name in _ATTRIBUTES if name in proto.attr}
+    return {
+        name: value.s.decode() if value.HasField("s") else tuple(value.list.i)
+        for name, value in present.items()
+    }
 
 
 def _plain(function: Callable) -> Callable[[Any], Callable]:
@@ -90,7 +93,7 @@ def _dense_gradient(wanted: int) -> Callable[[Any], Callable]:
     """Of Conv2D by its input or filter: the transpose of what lax computes."""
 
     def parse(proto: Any) -> Callable:
-        attributes = {name: _value(proto.attr[name]) for name in _ATTRIBUTES if name in proto.attr}
+        attributes = _attributes(proto)
         layout = attributes.get("data_format", "NHWC")
         dilations = attributes.get("dilations") or (1,) * 4
         height, width = layout.index("H"), layout.index("W")

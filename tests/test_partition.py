@@ -12,17 +12,19 @@ from cases import HAS_NATIVE, IMPLEMENTATIONS, OPS, Case
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jax_dwbp._spec import OPERANDS, RESULTS
+
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 ACTIVATIONS = {"batch": P("i"), "channels": P(None, None, None, "i"), "height": P(None, "i")}
 FILTERS = {"batch": P(), "channels": P(None, None, "i"), "height": P()}
-OPERANDS = {"forward": ("x", "f"), "input_grad": ("f", "dy"), "filter_grad": ("x", "dy")}
-RESULTS = {"forward": "dy", "input_grad": "x", "filter_grad": "f"}
 every_op = pytest.mark.parametrize("op", OPS)
 every_implementation = pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
 
 
 def mesh_of(**axes):
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), (AxisType.Auto,) * len(axes))
+    sizes = tuple(axes.values())
+    devices = jax.devices()[: math.prod(sizes)]
+    return jax.make_mesh(sizes, tuple(axes), (AxisType.Auto,) * len(axes), devices=devices)
 
 
 def specs(op, activation, of_filter):
@@ -146,8 +148,8 @@ def test_height_sends_the_rows_that_windows_share(op, name, parts):
     assert out == height // stride
     operands = case.operands(op)
     in_specs = specs(op, P(None, "i"), P())[:2]
-    mesh = jax.make_mesh((parts,), ("i",), (AxisType.Auto,), devices=jax.devices()[:parts])
-    program, placed, sent = compiled(functools.partial(case.run, op), operands, mesh, in_specs)
+    run = functools.partial(case.run, op)
+    program, placed, sent = compiled(run, operands, mesh_of(i=parts), in_specs)
     result = program(*placed)
     case.check(op, result, case.expected(op, *operands), "float32")
     if op != "filter_grad":
@@ -180,10 +182,19 @@ def test_rows_whose_parts_are_not_alike(op, case, parts):
     assert out * case.strides[0] != height and out % parts == height % parts == 0
     operands = case.operands(op)
     *in_specs, out_spec = specs(op, P(None, "i"), P())
-    mesh = jax.make_mesh((parts,), ("i",), (AxisType.Auto,), devices=jax.devices()[:parts])
     run = functools.partial(case.run, op)
-    program, placed, sent = compiled(run, operands, mesh, in_specs, out_spec)
+    program, placed, sent = compiled(run, operands, mesh_of(i=parts), in_specs, out_spec)
     assert "all-gather" not in sent and len(sent["collective-permute"]) <= 2
+    case.check(op, program(*placed), case.expected(op, *operands), "float32")
+
+
+def check_divided(case, op, name, spec, parts):
+    """x or dy, be it an operand or the result, is divided by `spec`, and nothing else."""
+    operands = case.operands(op)
+    names = (*OPERANDS[op], RESULTS[op])
+    *in_specs, out_spec = (spec if array == name else P() for array in names)
+    run = functools.partial(case.run, op)
+    program, placed, _ = compiled(run, operands, mesh_of(i=parts), in_specs, out_spec)
     case.check(op, program(*placed), case.expected(op, *operands), "float32")
 
 
@@ -192,13 +203,7 @@ def test_rows_whose_parts_are_not_alike(op, case, parts):
 def test_lanes_that_divide_and_channels_that_do_not(op, parts, channels, multiplier):
     """Parts of the lanes that are not whole channels, and half or a third of the mesh that are."""
     case = Case("lanes", (2, 5, 4, channels), (3, 3, channels, multiplier))
-    operands = case.operands(op)
-    names = (*OPERANDS[op], RESULTS[op])
-    *in_specs, out_spec = (P(None, None, None, "i") if name == "dy" else P() for name in names)
-    mesh = jax.make_mesh((parts,), ("i",), (AxisType.Auto,), devices=jax.devices()[:parts])
-    run = functools.partial(case.run, op)
-    program, placed, _ = compiled(run, operands, mesh, in_specs, out_spec)
-    case.check(op, program(*placed), case.expected(op, *operands), "float32")
+    check_divided(case, op, "dy", P(None, None, None, "i"), parts)
 
 
 @pytest.mark.parametrize(("parts", "height", "stride"), [(8, 16, 4), (6, 18, 2), (4, 12, 6)])
@@ -206,13 +211,7 @@ def test_lanes_that_divide_and_channels_that_do_not(op, parts, channels, multipl
 def test_rows_of_the_input_that_divide_and_of_the_output_that_do_not(op, parts, height, stride):
     case = Case("rows", (2, height, 4, 2), (3, 3, 2, 1), (stride, 1))
     assert height % parts == 0 != case.output[1] % parts
-    operands = case.operands(op)
-    names = (*OPERANDS[op], RESULTS[op])
-    *in_specs, out_spec = (P(None, "i") if name == "x" else P() for name in names)
-    mesh = jax.make_mesh((parts,), ("i",), (AxisType.Auto,), devices=jax.devices()[:parts])
-    run = functools.partial(case.run, op)
-    program, placed, _ = compiled(run, operands, mesh, in_specs, out_spec)
-    case.check(op, program(*placed), case.expected(op, *operands), "float32")
+    check_divided(case, op, "x", P(None, "i"), parts)
 
 
 @pytest.mark.parametrize(

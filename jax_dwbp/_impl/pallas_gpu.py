@@ -100,10 +100,10 @@ def unsupported(
 def preferred(op: Op, spec: ConvSpec, a: jax.ShapeDtypeStruct, b: jax.ShapeDtypeStruct) -> bool:
     """Up to 7x7 taps, by what the kernels cost on an H100 as they are compiled for it.
 
-    They take 1.0 to 1.4 times what the memory takes for their operands and results, but where
-    multiply-adds are the limit: 2.4 times for 7x7 filters in bfloat16, 4.3 for their gradient. The
-    taps of XLA take 1.3 to 99 times, and always at least 1.3 times as much as these. Of filters
-    beyond these, and of cuDNN, nothing is known that would decide it.
+    They take 1.0 to 1.5 times what the memory takes for their operands and results, but where
+    multiply-adds are the limit: 2.4 times for 7x7 filters in bfloat16, 3.7 for their gradient and
+    2.2 for that of 5x5 filters. The taps of XLA take 1.3 to 99 times, and always at least 1.3 times
+    as much as these. Of filters beyond these, and of cuDNN, nothing is known that would decide it.
     """
     del op, a, b
     return math.prod(spec.kernel_spatial) <= 49
@@ -145,7 +145,7 @@ def _pallas() -> tuple[types.ModuleType, types.ModuleType]:
     )
 
 
-_lock = threading.Lock()
+_lock = threading.Lock()  # the filters of warnings are those of all threads
 
 
 # A primitive of their own lowers the kernels, for what has to hold meanwhile.
@@ -163,7 +163,7 @@ def _lower(ctx, a, b, *, op, spec):
         # JAX asks for one, which makes no difference to these kernels.
         device = AbstractDevice("NVIDIA A100-SXM4-40GB", num_cores=None, platform="gpu")
     with (
-        _lock,  # the filters of warnings are those of all threads
+        _lock,
         use_abstract_mesh(AbstractMesh((), (), abstract_device=device)),
         warnings.catch_warnings(),
     ):

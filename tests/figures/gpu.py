@@ -70,20 +70,14 @@ class Case:
     def name(self) -> str:
         return f"{self.layer.name} {self.dtype}"
 
-    def spec(self, op: Op) -> ConvSpec:
+    @property
+    def spec(self) -> ConvSpec:
         layer = self.layer
-        channels, multiplier = layer.channels, layer.multiplier
-        p, q = (
-            (size + sum(pads) - kernel) // layer.stride + 1
-            for size, pads, kernel in zip(
-                (layer.height, layer.width), layer.padding, layer.kernel, strict=True
-            )
-        )
         return canonicalize(
-            op,
-            (_BATCH, layer.height, layer.width, channels),
-            (*layer.kernel, channels, multiplier),
-            None if op == "forward" else (_BATCH, p, q, channels * multiplier),
+            "forward",
+            (_BATCH, layer.height, layer.width, layer.channels),
+            (*layer.kernel, layer.channels, layer.multiplier),
+            None,
             (layer.stride, layer.stride),
             layer.padding,
             explicit_paddings=(),
@@ -244,7 +238,7 @@ def _resident_warps(threads: int, registers: int, shared: int, target: cuda.Targ
 
 
 def _measure(case: Case, op: Op, targets: Sequence[str]) -> list[_Row]:
-    spec = case.spec(op)
+    spec = case.spec
     dtype = jnp.dtype(case.dtype)
     channels, multiplier = spec.channels, spec.multiplier
     shapes = {
