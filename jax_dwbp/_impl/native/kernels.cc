@@ -49,9 +49,12 @@ namespace jax_dwbp {
 namespace {
 
 constexpr int kVectors = 64 / VECTOR_BYTES;
-// Products in a running sum, or those of one row if they are more. Such sums are added pairwise, so that
-// a rounding error grows with the logarithm of the filter's size.
+// A running sum has so many products, or those of two rows of the filter, or of one that is long. Such
+// sums are added pairwise, so that a rounding error grows with the logarithm of the filter's size. Half
+// as many would err by 0.55 instead of 0.61 half ulps, the best of others by 1.3, but take 1.1 to 1.2
+// times as long.
 constexpr int64_t kChain = 7;
+constexpr int64_t kLongRow = 16;
 // Levels of pairs, for up to 2**24 rows: more than the scratch that is allowed has lines.
 constexpr int kLevels = 24;
 // Filters with more columns skip those that meet only padding.
@@ -468,7 +471,8 @@ INLINE void AddSums(Sums<T, kRows, kColumns>& sums, const Sums<T, kRows, kColumn
 // Not inlined, for the registers.
 template <typename T, int kTaps, int kStride, bool kBorder, int kRows, int kColumns>
 __attribute__((noinline)) void ConvolveRun(const Convolution& conv, const Run& run) {
-  const int64_t chain_rows = Max(kChain / Max(run.end - run.begin, 1), 1);
+  const int64_t taps = Max(run.end - run.begin, 1);
+  const int64_t chain_rows = Max(kChain / taps, taps < kLongRow ? 2 : 1);
   for (int64_t block = 0; block < conv.blocks; ++block) {
     const int64_t read_bytes = block * conv.in.block_bytes + run.t * conv.in.column_bytes;
     const int64_t weight_lines = block * conv.weight_lines;
