@@ -50,6 +50,7 @@ from jax_dwbp import _command_line
 from jax_dwbp._spec import DTYPES
 
 _Row = dict[str, Any]  # the figures of one contestant, for --json
+_Figures = dict[str, Any]  # "rows" and, of the machine and the contestants, "meta": what --json has
 _Groups = dict[tuple[str, int], dict[str, dict[str, _Row]]]  # by op and batch, layer, contestant
 OPS = ("forward", "input_grad", "filter_grad", "step")
 _SLOW, _PATIENCE = 10, 100  # blocks: a call of a slow contestant, all its calls
@@ -313,7 +314,7 @@ _PEERS: dict[str, tuple[str, Callable[..., _Contestant]]] = {
 
 def _measure(
     problem: _Problem, names: Sequence[str], peers: Sequence[str], blocks: int, seconds: float
-) -> dict[str, _Row]:
+) -> list[_Row]:
     operands = [jnp.asarray(operand) for operand in problem.operands()]
     selections = _selections(problem)
     contestants = []
@@ -346,8 +347,8 @@ def _measure(
                 taken += _consecutive(contestant.call, seconds)
             elif not taken or sum(taken) < _PATIENCE * seconds:
                 taken += _consecutive(contestant.call, 0)
-    return {
-        contestant.name: {
+    return [
+        {
             **dataclasses.asdict(problem),
             "layer": problem.layer.name,
             "contestant": contestant.name,
@@ -360,7 +361,7 @@ def _measure(
             **contestant.compilation,
         }
         for contestant in contestants
-    }
+    ]
 
 
 def _consecutive(call: Callable[[], Any], seconds: float) -> list[float]:
@@ -536,6 +537,7 @@ def _flag_values() -> flags.FlagValues:
     flags.DEFINE_float("block_seconds", 0.1, "The duration of a block.", 0, **options)
     text("json", None, "A file for all figures, in seconds and bytes; low and high are quartiles.")
     text("plot", None, "A file for a PNG of the speeds against the floors.")
+    text("read", None, "A file of an earlier --json, whose rows are shown and nothing is timed.")
     flags.DEFINE_bool("help", False, "Show this.", short_name="h", **options)
     return values
 
@@ -547,6 +549,31 @@ def _run(values: flags.FlagValues) -> int:
         for batch in _batches(values.batch)
         for layer in _command_line.found(values.filter, "layers", LAYERS)
     ]
+    for name in ("json", "plot"):
+        _command_line.check_output(name, values[name].value)
+    if values.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise flags.Error(f"--plot={values.plot}: matplotlib is not installed")
+    figures = _timed(values, problems) if values.read is None else _read(values.read, problems)
+
+    meta, rate = figures["meta"], figures["meta"]["multiply_adds_per_second"]
+    groups: _Groups = {}
+    for row in figures["rows"]:
+        group = groups.setdefault((row["op"], row["batch"]), {})
+        group.setdefault(row["layer"], {})[row["contestant"]] = row
+    print(meta["machine"], meta["device"], sep="; ")
+    print(*(f"{name} {version}" for name, version in meta["versions"].items()), sep=", ")
+    print(f"{values.dtype}; float32 matmul: {rate / 1e9:.3g} GFMA/s")
+    _report(groups, meta["implementations"], meta["peers"], rate)
+    if values.json is not None:
+        text = json.dumps(figures, indent=1)
+        _command_line.save("json", values.json, lambda file: file.write(text.encode()))
+    if values.plot is not None and groups:
+        picture = _plot(groups, rate)
+        _command_line.save("plot", values.plot, lambda file: file.write(picture))
+    return 1 if meta["mismatches"] else 0
+
+
+def _timed(values: flags.FlagValues, problems: Sequence[_Problem]) -> _Figures:
     selections = [selection for problem in problems for selection in _selections(problem)]
     known = ["default", *selections[0].reasons]
     if values.implementations is None:
@@ -555,38 +582,38 @@ def _run(values: flags.FlagValues) -> int:
     else:
         names = _command_line.chosen("implementations", values.implementations, known)
     peers = _peers(values.peers, values.dtype)
-    for name in ("json", "plot"):
-        _command_line.check_output(name, values[name].value)
-    if values.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise flags.Error(f"--plot={values.plot}: matplotlib is not installed")
-
     rate = _fma_rate()
-    groups: _Groups = {}
-    mismatches = []
+    rows, mismatches = [], []
     for i, problem in enumerate(problems, 1):
         print(f"{i}/{len(problems)} {problem}", file=sys.stderr)
         try:
-            cells = _measure(problem, names, peers, values.blocks, values.block_seconds)
-            groups.setdefault((problem.op, problem.batch), {})[problem.layer.name] = cells
+            rows += _measure(problem, names, peers, values.blocks, values.block_seconds)
         except _Mismatch as error:
             print(f"jax_dwbp.bench: {error}", file=sys.stderr)
             mismatches.append(str(error))
+    results = {"multiply_adds_per_second": rate, "mismatches": mismatches}
+    contestants = {"implementations": names, "peers": peers}
+    return {"meta": _meta(peers) | contestants | results, "rows": rows}
 
-    meta = _meta(peers) | {"multiply_adds_per_second": rate, "mismatches": mismatches}
-    print(meta["machine"], meta["device"], sep="; ")
-    print(*(f"{name} {version}" for name, version in meta["versions"].items()), sep=", ")
-    print(f"{values.dtype}; float32 matmul: {rate / 1e9:.3g} GFMA/s")
-    _report(groups, names, peers, rate)
-    if values.json is not None:
-        rows = [
-            row for group in groups.values() for cells in group.values() for row in cells.values()
-        ]
-        text = json.dumps({"meta": meta, "rows": rows}, indent=1)
-        _command_line.save("json", values.json, lambda file: file.write(text.encode()))
-    if values.plot is not None and groups:
-        picture = _plot(groups, rate)
-        _command_line.save("plot", values.plot, lambda file: file.write(picture))
-    return 1 if mismatches else 0
+
+def _read(path: str, problems: Sequence[_Problem]) -> _Figures:
+    """Of `problems`, what a file of --json has."""
+    wanted = [(p.layer.name, p.op, p.batch, p.dtype) for p in problems]
+    try:
+        with open(path, encoding="utf-8") as file:
+            figures = json.load(file)
+        meta, keys = figures["meta"], ("layer", "op", "batch", "dtype")
+        rows = [row for row in figures["rows"] if tuple(row[key] for key in keys) in wanted]
+        contestants = [*meta["implementations"], *meta["peers"], "copy"]
+    except OSError as error:
+        raise flags.Error(f"--read={path}: {_command_line.reason(error)}") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise flags.Error(f"--read={path}: not a file of --json") from error
+    if not {row.get("contestant") for row in rows} <= set(contestants):
+        raise flags.Error(f"--read={path}: not a file of --json")
+    if not rows:
+        raise flags.Error(f"--read={path}: has none of the rows that are asked for")
+    return {"meta": meta, "rows": rows}
 
 
 def _batches(texts: Sequence[str]) -> list[int]:

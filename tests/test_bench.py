@@ -163,9 +163,10 @@ def test_blocks(monkeypatch):
     peers = {name: ("json", peer(name, s)) for name, s in (("slow", 0.5), ("fast", 0.001))}
     monkeypatch.setattr(bench, "_PEERS", peers)
     problem = bench._Problem(TINY[0], "forward", 2, "float32")
-    cells = bench._measure(problem, ["default"], ["slow", "fast"], blocks=9, seconds=0.02)
-    assert cells["slow"]["calls"] == 4  # until 2 seconds are spent
-    assert cells["fast"]["calls"] >= 9
+    rows = bench._measure(problem, ["default"], ["slow", "fast"], blocks=9, seconds=0.02)
+    timed = {row["contestant"]: row["calls"] for row in rows}
+    assert timed["slow"] == 4  # until 2 seconds are spent
+    assert timed["fast"] >= 9
     assert calls[:2] == ["slow", "fast"]
     turns = [name for name, last in zip(calls[2:], calls[1:], strict=False) if name != last]
     assert turns == ["slow", "fast"] * 4
@@ -244,6 +245,42 @@ def test_plot():
     assert run(*arguments) == 0
     assert Path("speed.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert os.listdir() == ["speed.png"]
+
+
+def test_read(capsys, monkeypatch):
+    """The figures of a file are reported and plotted as when they were measured."""
+    assert run("--filter=plain|causal", "--ops=forward,step", "--json=speed.json") == 0
+    printed = capsys.readouterr().out
+    monkeypatch.setattr(bench, "_measure", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(bench, "_fma_rate", lambda: pytest.fail("measured"))
+    assert run("--read=speed.json", "--json=again.json") == 0
+    assert capsys.readouterr() == (printed, "")
+    assert Path("again.json").read_text() == Path("speed.json").read_text()
+    assert run("--read=speed.json", "--ops=step", "--filter=plain", "--json=again.json") == 0
+    rows = [row for row in figures()["rows"] if (row["op"], row["layer"]) == ("step", "plain")]
+    assert json.loads(Path("again.json").read_text())["rows"] == rows != []
+
+
+@pytest.mark.parametrize(
+    "text, arguments, message",
+    (
+        (None, (), "No such file or directory"),
+        ("{}", (), "not a file of --json"),
+        ("[1]", (), "not a file of --json"),
+        ("\0", (), "not a file of --json"),
+        ('{"rows": [{}], "meta": {}}', (), "not a file of --json"),
+        ('{"rows": [], "meta": {"implementations": [], "peers": []}}', (), "has none of the rows"),
+        ("speed", ("--batch=3",), "has none of the rows that are asked for"),
+    ),
+)
+def test_read_error(text, arguments, message, capsys):
+    if text == "speed":
+        assert run("--filter=plain", "--ops=forward", "--json=speed.json") == 0
+        capsys.readouterr()
+    elif text is not None:
+        Path("speed.json").write_text(text)
+    assert run("--read=speed.json", *arguments) == 2
+    assert capsys.readouterr().err.startswith(f"jax_dwbp.bench: --read=speed.json: {message}")
 
 
 def test_full_disk(capsys, monkeypatch):
