@@ -2,16 +2,22 @@
 
 import importlib.metadata
 
-from jax_dwbp._api import Selection as Selection
-from jax_dwbp._api import depthwise_conv2d_native as depthwise_conv2d_native
 from jax_dwbp._api import (
-    depthwise_conv2d_native_backprop_filter as depthwise_conv2d_native_backprop_filter,
+    Selection,
+    depthwise_conv2d_native,
+    depthwise_conv2d_native_backprop_filter,
+    depthwise_conv2d_native_backprop_input,
+    implementations,
 )
-from jax_dwbp._api import (
-    depthwise_conv2d_native_backprop_input as depthwise_conv2d_native_backprop_input,
-)
-from jax_dwbp._api import implementations as implementations
-from jax_dwbp._conv_general_dilated import conv_general_dilated as conv_general_dilated
-from jax_dwbp._conv_general_dilated import in_place_of_lax as in_place_of_lax
+from jax_dwbp._conv_general_dilated import conv_general_dilated, in_place_of_lax
 
+__all__ = [
+    "Selection",
+    "conv_general_dilated",
+    "depthwise_conv2d_native",
+    "depthwise_conv2d_native_backprop_filter",
+    "depthwise_conv2d_native_backprop_input",
+    "implementations",
+    "in_place_of_lax",
+]
 __version__ = importlib.metadata.version("jax_dwbp")
