@@ -15,12 +15,14 @@ made along that axis: there XLA gathers the operand, and the result is the same.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -134,16 +136,18 @@ def _rule(op: Op, spec: ConvSpec, axes: dict[str, str]) -> Callable[..., tuple[s
 
     def rule(mesh: Mesh, *types: Any) -> tuple[str, dict[str, Any]]:
         # Of an axis that a factor is but a part of, Shardy may divide the factor by part of a mesh
-        # axis: the outer part, which `fine_mesh` has as axes if all its primes are the same.
+        # axis: the outer part, which `fine_mesh` has as axes if all its primes are the same. It
+        # takes no part of size 1.
         divisible = all(len(primes) == 1 for primes in _primes(mesh).values())
         factors = {axis: axis for axis in "gnrscm"}
-        factors["k"] = "c" if spec.multiplier == 1 else "(c m)" if divisible else "k"
+        lanes = "(c m)" if divisible and spec.channels > 1 else "k"
+        factors["k"] = "c" if spec.multiplier == 1 else lanes
         sizes = {}
         for (size, _, out, stride, _, _), source, target, rest in zip(
             spec.axes(), "hw", "pq", "uv", strict=True
         ):
             factors[target] = factors[source] = target
-            if size != out * stride or (stride > 1 and not divisible):
+            if size != out * stride or (stride > 1 and (out == 1 or not divisible)):
                 factors[source] = source  # parts of the two are not alike
             elif stride > 1:
                 factors[source] = f"({target} {rest})"
@@ -233,16 +237,20 @@ class _Window(NamedTuple):
             return None
         return cls(owned, max(left, 0), max(right, 0), starts, count, skipped, rows, local)
 
-    def read(self, x: jax.Array, axis: int, mesh_axes: tuple[str, ...]) -> jax.Array:
+    def read(self, x: jax.Array, axis: int, mesh_axes: tuple[str, ...], mesh: AnyMesh) -> jax.Array:
         """The rows that this device reads, of those that it owns and its neighbours'."""
-        parts, own = len(self.starts), x
+        # `ppermute` numbers devices in the order of the mesh, whatever that of its axes.
+        ordered = tuple(name for name in mesh.axis_names if name in mesh_axes)
+        numbers = np.arange(len(self.starts)).reshape([mesh.shape[name] for name in ordered])
+        devices = numbers.transpose([ordered.index(name) for name in mesh_axes]).ravel().tolist()
+        own, neighbours = x, list(itertools.pairwise(devices))
         if self.left:
             rows = lax.slice_in_dim(own, self.owned - self.left, self.owned, axis=axis)
-            rows = lax.ppermute(rows, mesh_axes, [(i, i + 1) for i in range(parts - 1)])
+            rows = lax.ppermute(rows, ordered, neighbours)
             x = lax.concatenate([rows, x], axis)
         if self.right:
             rows = lax.slice_in_dim(own, 0, self.right, axis=axis)
-            rows = lax.ppermute(rows, mesh_axes, [(i + 1, i) for i in range(parts - 1)])
+            rows = lax.ppermute(rows, ordered, [(right, left) for left, right in neighbours])
             x = lax.concatenate([x, rows], axis)
         # Rows that a device was sent by nobody are zeros, and so are those beyond the neighbours'.
         offsets = [start - part * self.owned + self.left for part, start in enumerate(self.starts)]
@@ -286,7 +294,7 @@ def _local(
         assert window is not None  # or it would not be divided
         windows[factor], geometry[i] = window, window.axis
         position = axes[source].index("hw"[i] if source == "x" else factor)
-        operands[source] = window.read(operands[source], position, divided[factor])
+        operands[source] = window.read(operands[source], position, divided[factor], mesh)
     in_spatial, out_spatial, padding = zip(*geometry, strict=True)
     spec = dataclasses.replace(
         spec,

@@ -37,7 +37,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -50,7 +50,7 @@ from jax_dwbp import _command_line
 from jax_dwbp._spec import DTYPES
 
 _Row = dict[str, Any]  # the figures of one contestant, for --json
-_Figures = dict[str, Any]  # "rows" and, of the machine and the contestants, "meta": what --json has
+_Figures = dict[str, Any]  # of --json: "rows", and "meta" on the machine and the contestants
 _Groups = dict[tuple[str, int], dict[str, dict[str, _Row]]]  # by op and batch, layer, contestant
 OPS = ("forward", "input_grad", "filter_grad", "step")
 _SLOW, _PATIENCE = 10, 100  # blocks: a call of a slow contestant, all its calls
@@ -393,12 +393,14 @@ def _fma_rate() -> float:
 # ---- The report.
 
 
-def _report(groups: _Groups, names: Sequence[str], peers: Sequence[str], rate: float) -> None:
-    """Prints the tables. The ratios are those of the first of `names`."""
+def _report(
+    groups: _Groups, names: Sequence[str], peers: Sequence[str], rate: float
+) -> Iterator[str]:
+    """The lines of the tables. The ratios are those of the first of `names`."""
     ours, contestants = names[0], [*names, *peers, "copy"]
     compilation = []
     for (op, batch), group in groups.items():
-        print(f"\n### {op}, batch {batch}, in milliseconds\n")
+        yield f"\n### {op}, batch {batch}, in milliseconds\n"
         table = []
         for layer, cells in group.items():
             share = "-"
@@ -411,14 +413,14 @@ def _report(groups: _Groups, names: Sequence[str], peers: Sequence[str], rate: f
             costs = [_compilation(cells.get(name)) for name in names]
             compilation.append([layer, op, str(batch), *costs, runs])
         ratios = (f"best peer / {ours}", f"{ours} / copy", f"{ours}, share of FMA rate")
-        _print_table(["layer", *contestants, *ratios], table)
+        yield from _table(["layer", *contestants, *ratios], table)
         for label, others in (("best peer", peers), ("lax", ["lax"])):
             means = [r for cells in group.values() if (r := _ratio(cells, others, ours))]
             if means and ours not in others:
                 mean = _number(statistics.geometric_mean(means))
-                print(f"\n{label} / {ours}: {mean}, the geometric mean of {len(means)}")
-    print("\n### Compilation in seconds, temporary memory in MiB\n")
-    _print_table(["layer", "op", "batch", *names, f"{ours} runs"], compilation)
+                yield f"\n{label} / {ours}: {mean}, the geometric mean of {len(means)}"
+    yield "\n### Compilation in seconds, temporary memory in MiB\n"
+    yield from _table(["layer", "op", "batch", *names, f"{ours} runs"], compilation)
 
 
 def _ratio(cells: dict[str, _Row], others: Sequence[str], name: str) -> float | None:
@@ -427,9 +429,8 @@ def _ratio(cells: dict[str, _Row], others: Sequence[str], name: str) -> float | 
     return min(medians) / cells[name]["median"] if medians and name in cells else None
 
 
-def _print_table(header: list[str], table: list[list[str]]) -> None:
-    for row in (header, ["---"] * len(header), *table):
-        print(f"| {' | '.join(row)} |")
+def _table(header: list[str], table: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *table)]
 
 
 def _milliseconds(row: _Row | None) -> str:
@@ -537,7 +538,7 @@ def _flag_values() -> flags.FlagValues:
     flags.DEFINE_float("block_seconds", 0.1, "The duration of a block.", 0, **options)
     text("json", None, "A file for all figures, in seconds and bytes; low and high are quartiles.")
     text("plot", None, "A file for a PNG of the speeds against the floors.")
-    text("read", None, "A file of an earlier --json, whose rows are shown and nothing is timed.")
+    text("read", None, "Show the rows of an earlier --json instead of timing.")
     flags.DEFINE_bool("help", False, "Show this.", short_name="h", **options)
     return values
 
@@ -553,24 +554,40 @@ def _run(values: flags.FlagValues) -> int:
         _command_line.check_output(name, values[name].value)
     if values.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise flags.Error(f"--plot={values.plot}: matplotlib is not installed")
-    figures = _timed(values, problems) if values.read is None else _read(values.read, problems)
+    if values.read is None:
+        figures = _timed(values, problems)
+        report, picture = _shown(values, figures)
+    else:
+        try:
+            figures = _read(values, problems)
+            report, picture = _shown(values, figures)
+        except OSError as error:
+            raise flags.Error(f"--read={values.read}: {_command_line.reason(error)}") from error
+        except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise flags.Error(f"--read={values.read}: not a file of --json") from error
+    print(report)
+    if values.json is not None:
+        text = json.dumps(figures, indent=1)
+        _command_line.save("json", values.json, lambda file: file.write(text.encode()))
+    if values.plot is not None and picture is not None:
+        _command_line.save("plot", values.plot, lambda file: file.write(picture))
+    return 1 if figures["meta"]["mismatches"] else 0
 
+
+def _shown(values: flags.FlagValues, figures: _Figures) -> tuple[str, bytes | None]:
+    """The report and, if there is to be one, the picture."""
     meta, rate = figures["meta"], figures["meta"]["multiply_adds_per_second"]
     groups: _Groups = {}
     for row in figures["rows"]:
         group = groups.setdefault((row["op"], row["batch"]), {})
         group.setdefault(row["layer"], {})[row["contestant"]] = row
-    print(meta["machine"], meta["device"], sep="; ")
-    print(*(f"{name} {version}" for name, version in meta["versions"].items()), sep=", ")
-    print(f"{values.dtype}; float32 matmul: {rate / 1e9:.3g} GFMA/s")
-    _report(groups, meta["implementations"], meta["peers"], rate)
-    if values.json is not None:
-        text = json.dumps(figures, indent=1)
-        _command_line.save("json", values.json, lambda file: file.write(text.encode()))
-    if values.plot is not None and groups:
-        picture = _plot(groups, rate)
-        _command_line.save("plot", values.plot, lambda file: file.write(picture))
-    return 1 if meta["mismatches"] else 0
+    report = [
+        f"{meta['machine']}; {meta['device']}",
+        ", ".join(f"{name} {version}" for name, version in meta["versions"].items()),
+        f"{values.dtype}; float32 matmul: {rate / 1e9:.3g} GFMA/s",
+        *_report(groups, meta["implementations"], meta["peers"], rate),
+    ]
+    return "\n".join(report), _plot(groups, rate) if values.plot is not None and groups else None
 
 
 def _timed(values: flags.FlagValues, problems: Sequence[_Problem]) -> _Figures:
@@ -596,24 +613,23 @@ def _timed(values: flags.FlagValues, problems: Sequence[_Problem]) -> _Figures:
     return {"meta": _meta(peers) | contestants | results, "rows": rows}
 
 
-def _read(path: str, problems: Sequence[_Problem]) -> _Figures:
-    """Of `problems`, what a file of --json has."""
-    wanted = [(p.layer.name, p.op, p.batch, p.dtype) for p in problems]
-    try:
-        with open(path, encoding="utf-8") as file:
-            figures = json.load(file)
-        meta, keys = figures["meta"], ("layer", "op", "batch", "dtype")
-        rows = [row for row in figures["rows"] if tuple(row[key] for key in keys) in wanted]
-        contestants = [*meta["implementations"], *meta["peers"], "copy"]
-    except OSError as error:
-        raise flags.Error(f"--read={path}: {_command_line.reason(error)}") from error
-    except (ValueError, LookupError, TypeError) as error:
-        raise flags.Error(f"--read={path}: not a file of --json") from error
-    if not {row.get("contestant") for row in rows} <= set(contestants):
-        raise flags.Error(f"--read={path}: not a file of --json")
-    if not rows:
-        raise flags.Error(f"--read={path}: has none of the rows that are asked for")
-    return {"meta": meta, "rows": rows}
+def _read(values: flags.FlagValues, problems: Sequence[_Problem]) -> _Figures:
+    """Of `problems`, what the file of an earlier --json has."""
+    for name in ("implementations", "peers", "blocks", "block_seconds"):
+        if values[name].present:
+            raise flags.Error(f"--{name}: says how to time, and with --read nothing is timed")
+    wanted = {(p.layer.name, p.op, p.batch, p.dtype): f"{p}: " for p in problems}
+    keys = ("layer", "op", "batch", "dtype")
+    with open(values.read, encoding="utf-8") as file:
+        figures = json.load(file)
+    rows = [row for row in figures["rows"] if tuple(row[key] for key in keys) in wanted]
+    of_these = tuple(wanted.values())
+    mismatches = [text for text in figures["meta"]["mismatches"] if text.startswith(of_these)]
+    for mismatch in mismatches:
+        print(f"jax_dwbp.bench: {mismatch}", file=sys.stderr)
+    if not rows and not mismatches:
+        raise flags.Error(f"--read={values.read}: has none of the rows that are asked for")
+    return {"meta": figures["meta"] | {"mismatches": mismatches}, "rows": rows}
 
 
 def _batches(texts: Sequence[str]) -> list[int]:

@@ -247,40 +247,87 @@ def test_plot():
     assert os.listdir() == ["speed.png"]
 
 
-def test_read(capsys, monkeypatch):
-    """The figures of a file are reported and plotted as when they were measured."""
+@pytest.fixture
+def saved(capsys):
+    """What was printed beside speed.json."""
     assert run("--filter=plain|causal", "--ops=forward,step", "--json=speed.json") == 0
-    printed = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def show(*arguments):
+    """What is in speed.json."""
+    return bench.main(["bench", "--read=speed.json", *arguments])
+
+
+def test_read(saved, capsys, monkeypatch):
+    """The figures of a file are reported as when they were measured."""
     monkeypatch.setattr(bench, "_measure", lambda *args: pytest.fail("measured"))
     monkeypatch.setattr(bench, "_fma_rate", lambda: pytest.fail("measured"))
-    assert run("--read=speed.json", "--json=again.json") == 0
-    assert capsys.readouterr() == (printed, "")
-    assert Path("again.json").read_text() == Path("speed.json").read_text()
-    assert run("--read=speed.json", "--ops=step", "--filter=plain", "--json=again.json") == 0
+    assert show("--json=again.json") == 0
+    assert capsys.readouterr() == (saved, "")
+    assert figures() == json.loads(Path("again.json").read_text())
+    assert show("--ops=step", "--filter=plain", "--json=again.json") == 0
     rows = [row for row in figures()["rows"] if (row["op"], row["layer"]) == ("step", "plain")]
     assert json.loads(Path("again.json").read_text())["rows"] == rows != []
 
 
-@pytest.mark.parametrize(
-    "text, arguments, message",
-    (
-        (None, (), "No such file or directory"),
-        ("{}", (), "not a file of --json"),
-        ("[1]", (), "not a file of --json"),
-        ("\0", (), "not a file of --json"),
-        ('{"rows": [{}], "meta": {}}', (), "not a file of --json"),
-        ('{"rows": [], "meta": {"implementations": [], "peers": []}}', (), "has none of the rows"),
-        ("speed", ("--batch=3",), "has none of the rows that are asked for"),
-    ),
-)
-def test_read_error(text, arguments, message, capsys):
-    if text == "speed":
-        assert run("--filter=plain", "--ops=forward", "--json=speed.json") == 0
-        capsys.readouterr()
-    elif text is not None:
-        Path("speed.json").write_text(text)
-    assert run("--read=speed.json", *arguments) == 2
-    assert capsys.readouterr().err.startswith(f"jax_dwbp.bench: --read=speed.json: {message}")
+@needs_matplotlib
+def test_read_and_plot():
+    assert run("--filter=plain", "--ops=step", "--json=speed.json", "--plot=speed.png") == 0
+    assert show("--plot=again.png") == 0
+    assert Path("again.png").read_bytes() == Path("speed.png").read_bytes()
+
+
+def test_read_mismatches(saved, capsys):
+    """Those of the rows that are asked for."""
+    found = figures()
+    found["meta"]["mismatches"] = ["step, batch 8, float32, plain: lax - default is nan"]
+    Path("speed.json").write_text(json.dumps(found))
+    assert show("--ops=forward") == 0
+    assert capsys.readouterr().err == ""
+    assert show("--ops=step") == 1
+    assert capsys.readouterr().err == f"jax_dwbp.bench: {found['meta']['mismatches'][0]}\n"
+
+
+@pytest.mark.parametrize("flag", ("--implementations=lax", "--peers=", "--blocks=3"))
+def test_read_times_nothing(saved, flag, capsys):
+    assert show(flag) == 2
+    assert capsys.readouterr().err.startswith(f"jax_dwbp.bench: {flag.partition('=')[0]}: says how")
+
+
+def test_read_other_rows(saved, capsys):
+    assert show("--batch=3") == 2
+    assert capsys.readouterr().err.endswith(
+        "--read=speed.json: has none of the rows that are asked for\n"
+    )
+
+
+def test_read_nothing(capsys):
+    assert show() == 2
+    assert capsys.readouterr().err.endswith("--read=speed.json: No such file or directory\n")
+
+
+@pytest.mark.parametrize("text", ("", "\0", "{}", "[1]", "null", '{"rows": [{}], "meta": {}}'))
+def test_read_something_else(text, capsys):
+    Path("speed.json").write_text(text)
+    assert show() == 2
+    assert capsys.readouterr() == ("", "jax_dwbp.bench: --read=speed.json: not a file of --json\n")
+
+
+@pytest.mark.parametrize("change", (None, "text", 0, [], {}))
+def test_read_what_was_edited(saved, change, capsys):
+    """Nothing that a file may have is a traceback."""
+    rows, meta = figures()["rows"], figures()["meta"]
+    for name in (*meta, *rows[0]):
+        edited = {"meta": dict(meta), "rows": [dict(row) for row in rows]}
+        for found in (edited["meta"], *edited["rows"]):
+            if name in found:
+                found[name] = change
+        Path("speed.json").write_text(json.dumps(edited))
+        assert show() in (0, 2), name
+        out, err = capsys.readouterr()
+        assert (out == "") == (err.count("\n") == 1), name
+        assert err or name != "median"
 
 
 def test_full_disk(capsys, monkeypatch):

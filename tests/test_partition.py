@@ -238,16 +238,38 @@ def test_what_can_not_be_divided_is_right(case, op):
 
 
 @pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
+@every_implementation
 @every_op
-def test_all_axes_at_once(op, data_format):
+def test_all_axes_at_once(op, implementation, data_format):
     case = Case("all", (2, 8, 8, 4), (3, 3, 4, 2))
     operands = case.operands(op)
     mesh = mesh_of(h=2, w=2, c=2)
     in_specs = specs(op, P(None, "h", "w", "c"), P(None, None, "c"))[:2]
-    run = functools.partial(case.run, op, data_format=data_format)
+    run = functools.partial(case.run, op, implementation=implementation, data_format=data_format)
     program, placed, sent = compiled(run, operands, mesh, in_specs)
     assert set(sent) == {"collective-permute"} | ({"all-reduce"} if op == "filter_grad" else set())
     case.check(op, program(*placed), case.expected(op, *operands), "float32")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("one_channel", (8, 8, 5, 1), (3, 3, 1, 8)),
+        Case("one_row", (8, 8, 5, 2), (3, 3, 2, 1), (8, 1)),
+        Case("one_row_and_column", (8, 2, 2, 8), (3, 3, 8, 2), (2, 2)),
+        Case("one_image", (1, 8, 5, 2), (3, 3, 2, 2)),
+        Case("one_tap", (8, 8, 5, 2), (1, 1, 2, 1)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("of", ["x", "f", "dy"])
+@every_op
+def test_axes_of_size_one(op, of, case):
+    """With each axis that eight devices divide, of each array."""
+    shape = {"x": case.input, "f": case.filter, "dy": case.output}[of]
+    for axis, size in enumerate(shape):
+        if size % 8 == 0:
+            check_divided(case, op, of, P(*[None] * axis, "i"), 8)
 
 
 @pytest.mark.parametrize("own_filters", [False, True])
@@ -274,7 +296,7 @@ def test_vmap(op, own_filters, axis):
 
 @every_op
 def test_vmap_over_an_axis_of_the_mesh(op):
-    """`spmd_axis_name`: what is constrained inside stays divided over the mapped axis too."""
+    """`spmd_axis_name`: constraints inside divide the mapped axis too, here of whole arrays."""
     case = Case("spmd", (4, 6, 5, 4), (3, 3, 4, 2))
     problems = [case.operands(op, seed=seed) for seed in range(2)]
     mesh = mesh_of(problems=2, batch=4)
@@ -287,7 +309,7 @@ def test_vmap_over_an_axis_of_the_mesh(op):
     shardings = [NamedSharding(mesh, spec) for spec in in_specs]
     stacked = [np.stack(operand) for operand in zip(*problems, strict=True)]
     mapped = jax.vmap(run, spmd_axis_name="problems")
-    program, placed, sent = compiled(mapped, stacked, mesh, [P("problems", *s) for s in in_specs])
+    program, placed, sent = compiled(mapped, stacked, mesh, [P(), P()])
     assert set(sent) == ({"all-reduce"} if op == "filter_grad" else set())
     results = program(*placed)
     assert results.sharding.spec == P("problems", *out_spec)
@@ -303,6 +325,27 @@ def test_sum_of_devices_is_rounded_once(dtype):
         functools.partial(case.run, "filter_grad"), operands, mesh_of(i=8), [P("i"), P("i")]
     )
     case.check("filter_grad", program(*placed), case.expected("filter_grad", *operands), dtype)
+
+
+@pytest.mark.parametrize("order", ["ab", "ba", "ca", "bc"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("alike", (2, 24, 5, 2), (5, 3, 2, 2)),
+        Case("parts_of_all_phases", (1, 40, 4, 2), (5, 3, 2, 1), (3, 1), ((5, 5), (1, 1))),
+    ],
+    ids=str,
+)
+@every_op
+def test_axes_of_the_mesh_in_any_order(op, case, order):
+    """Parts of the rows that follow each other in another order than the mesh's."""
+    operands = case.operands(op)
+    *in_specs, out_spec = specs(op, P(None, tuple(order)), P())
+    run = functools.partial(case.run, op)
+    mesh = mesh_of(a=2, b=2, c=2)
+    program, placed, sent = compiled(run, operands, mesh, in_specs, out_spec)
+    assert "collective-permute" in sent and "all-gather" not in sent
+    case.check(op, program(*placed), case.expected(op, *operands), "float32")
 
 
 @every_op

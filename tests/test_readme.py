@@ -20,7 +20,7 @@ PEERS = ("tensorflow", "torch", "torch_nchw")
 @jax.numpy_dtype_promotion("standard")
 @jax.numpy_rank_promotion("allow")
 def test_snippets():
-    """Those that need packages that are not here are left out, but two run anywhere."""
+    """Those that need packages that are not here are left out, but two run with `.[test]` alone."""
     names, ran = {}, 0
     for snippet in SNIPPETS:
         packages = re.findall(r"^(?:import|from) (\w+)", snippet, re.MULTILINE)
