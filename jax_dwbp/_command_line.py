@@ -19,7 +19,8 @@ def main(
 ) -> int:
     """Parses `argv`, program name included, into `values`, and returns the status that `run` does.
 
-    A flags.Error or RuntimeError (XLA's: no such device, no memory) is one line on stderr and 2.
+    A flags.Error, RuntimeError (XLA's: no such device, no memory) or MemoryError is one line on
+    stderr and 2.
     """
     try:
         _, *extra = values(argv)
@@ -29,7 +30,7 @@ def main(
             print(f"{doc}{values.get_help(include_special_flags=False)}")
             return 0
         return run()
-    except (flags.Error, RuntimeError) as error:
+    except (flags.Error, RuntimeError, MemoryError) as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

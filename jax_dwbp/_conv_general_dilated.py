@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_dwbp import _rules
 from jax_dwbp._spec import DTYPES, ConvSpec, canonicalize
@@ -38,9 +39,9 @@ def conv_general_dilated(
     Same signature, same results to rounding, same derivatives of every order and in both modes. A
     call is depthwise if it has one or two spatial dimensions, more than one input channel and
     `feature_group_count` equal to their number; floating-point operands of one dtype; no
-    `lhs_dilation`, `batch_group_count`, negative padding, `out_sharding` (nor explicit sharding
-    beyond the batch) and no empty dimension. Any other call, also one with an error in it, goes to
-    lax unchanged.
+    `lhs_dilation`, `batch_group_count`, negative padding, explicit sharding of the channels or the
+    filter, and no empty dimension. Any other call, also one with an error in it, goes to lax
+    unchanged.
 
     Args: see `jax.lax.conv_general_dilated`.
 
@@ -83,7 +84,9 @@ def conv_general_dilated(
     ).astype(dtype)
     if lhs.ndim == 3:
         y = lax.squeeze(y, (1,))
-    return y if y_axes is None else lax.transpose(y, y_axes)
+    if y_axes is not None:
+        y = lax.transpose(y, y_axes)
+    return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
 
 @contextlib.contextmanager
@@ -170,9 +173,15 @@ def _canonicalize(
         and types[0].dtype.itemsize <= dtype.itemsize
         and dtype == jax.dtypes.canonicalize_dtype(dtype)  # not float64 without x64: lax warns
         and not (types[0].weak_type and types[1].weak_type)
-        and out_sharding is None
+        and (
+            out_sharding is None
+            or (
+                isinstance(out_sharding, PartitionSpec | NamedSharding)
+                and any(types[0].sharding.spec)
+            )
+        )
         and not any(types[1].sharding.spec)
-        and not any(types[0].sharding.spec[i] for i in numbers.lhs_spec[1:])
+        and not types[0].sharding.spec[numbers.lhs_spec[1]]
     ):
         return None
     if rank == 1:

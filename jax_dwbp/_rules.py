@@ -36,7 +36,7 @@ from jax import lax
 from jax.core import ShapedArray
 from jax.extend.core import Primitive, jaxprs_in_params
 from jax.interpreters import ad, batching, mlir, partial_eval
-from jax.sharding import AbstractMesh, use_abstract_mesh
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from jax_dwbp import _dispatch, _partition
 from jax_dwbp._spec import OPERANDS, PRECISIONS, RESULTS, ConvSpec, Op
@@ -172,26 +172,62 @@ def _batch(operands, dims, *, op, spec):
         jnp.moveaxis(operand, dim, 0) if dim is not None else operand
         for operand, dim in zip(operands, dims, strict=True)
     ]
-    size = operands[dims[0] is None].shape[0]
+    mapped = operands[dims[0] is None]
     ranks = [operand.ndim for operand in operands]
     shared = ("f", None, 4) in zip(OPERANDS[op], dims, ranks, strict=True)
     if not shared:
         operands = [
-            jnp.broadcast_to(operand, (size, *operand.shape)) if dim is None else operand
+            _repeated(operand, mapped) if dim is None else operand
             for operand, dim in zip(operands, dims, strict=True)
         ]
     shape = spec.result_shape(op, *(operand.shape for operand in operands))
+    axis = 0
     if {operand.ndim for operand in operands} == {5, 6}:
-        # Inner problems share each of the filters.
-        operands = [_join(x, 1) if x.ndim == 6 else x for x in operands]
+        axis = 1  # inner problems share each of the filters
+    operands = [_join(x, axis) if x.ndim == 6 else x for x in operands]
+    if _explicitly_sharded(*operands):
+        result = apply(*operands, op=op, spec=spec, forward_mode=True)
     else:
-        operands = [_join(x) if x.ndim == 6 else x for x in operands]
-    return _bind(op, spec, *operands).reshape(shape), 0
+        result = _bind(op, spec, *operands)
+    return (result if result.ndim == len(shape) else _split(result, axis, shape[axis])), 0
+
+
+def _repeated(x: Any, mapped: Any) -> Any:
+    """x for each index of the first axis of `mapped`, with its sharding."""
+    y = jnp.broadcast_to(x, (mapped.shape[0], *x.shape))
+    sharding, own = (jax.typeof(a).sharding for a in (mapped, x))
+    if not sharding.spec[0]:
+        return y
+    spec = PartitionSpec(sharding.spec[0], *own.spec)
+    return jax.sharding.reshard(y, NamedSharding(sharding.mesh, spec))
 
 
 def _join(x: Any, axis: int = 0) -> Any:
-    """x with `axis` and the next one as one."""
-    return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
+    """x with `axis` and the next one as one, sharded as the first of them."""
+    size = x.shape[axis] * x.shape[axis + 1]
+    spec = jax.typeof(x).sharding.spec
+    return _reshaped(
+        x,
+        (*x.shape[:axis], size, *x.shape[axis + 2 :]),
+        (*spec[: axis + 1], *spec[axis + 2 :]),
+    )
+
+
+def _split(x: Any, axis: int, size: int) -> Any:
+    """x with `axis` as two, of which the first has `size` and the sharding."""
+    spec = jax.typeof(x).sharding.spec
+    return _reshaped(
+        x,
+        (*x.shape[:axis], size, x.shape[axis] // size, *x.shape[axis + 1 :]),
+        (*spec[: axis + 1], None, *spec[axis + 1 :]),
+    )
+
+
+def _reshaped(x: Any, shape: tuple[int, ...], spec: tuple[Any, ...]) -> Any:
+    if not any(spec):
+        return x.reshape(shape)
+    sharding = NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*spec))
+    return lax.reshape(x, shape, out_sharding=sharding)
 
 
 def _lower(ctx, a, b, *, op, spec, platform):
@@ -208,7 +244,7 @@ def _lower(ctx, a, b, *, op, spec, platform):
     run = functools.partial(_dispatch.run, op, spec, platform, program)
     empty = any(0 in aval.shape for aval in (*ctx.avals_in, *ctx.avals_out))
     divided = None
-    if partitioned and not exported and not empty:
+    if partitioned and not exported and not empty and _shardy():
         divided = _with_devices(ctx, platform)
     with contextlib.ExitStack() as contexts:
         if ctx.avals_in[0].dtype.itemsize == 8:
@@ -221,6 +257,11 @@ def _lower(ctx, a, b, *, op, spec, platform):
             ctx = ctx.replace(avals_in=[ShapedArray(x.shape, x.dtype) for x in ctx.avals_in])
             contexts.enter_context(use_abstract_mesh(AbstractMesh((), ())))
         return mlir.lower_fun(run, multiple_results=False)(ctx, a, b)
+
+
+def _shardy() -> bool:
+    """Whether XLA divides programs by what `_partition` tells it. GSPMD, before it, does not."""
+    return getattr(jax.config, "jax_use_shardy_partitioner", True)
 
 
 def _with_devices(ctx: Any, platform: str | None) -> Any:

@@ -552,6 +552,10 @@ def _run(values: flags.FlagValues) -> int:
     ]
     for name in ("json", "plot"):
         _command_line.check_output(name, values[name].value)
+    if values.json is not None and values.json == values.plot:
+        raise flags.Error(f"--plot={values.plot}: is the file of --json too")
+    if not math.isfinite(values.block_seconds):
+        raise flags.Error(f"--block_seconds={values.block_seconds}: must be finite")
     if values.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise flags.Error(f"--plot={values.plot}: matplotlib is not installed")
     if values.read is None:
@@ -633,7 +637,7 @@ def _read(values: flags.FlagValues, problems: Sequence[_Problem]) -> _Figures:
 
 
 def _batches(texts: Sequence[str]) -> list[int]:
-    if not texts or not all(re.fullmatch("[1-9][0-9]*", text) for text in texts):
+    if not texts or not all(re.fullmatch("[1-9][0-9]{,8}", text) for text in texts):
         raise flags.Error(f"--batch={','.join(texts)}: must be positive integers, as 1,8,32")
     return list(dict.fromkeys(map(int, texts)))
 

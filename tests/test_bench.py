@@ -364,6 +364,8 @@ ERRORS = {
     "peer that is missing": ("--peers=torch_nchw", "--peers=torch_nchw: torch is not installed"),
     "blocks": ("--blocks=0", "flag --blocks=0: "),
     "block_seconds": ("--block_seconds=-1", "flag --block_seconds=-1: "),
+    "no duration": ("--block_seconds=nan", "--block_seconds=nan: must be finite"),
+    "large batch": ("--batch=1" + 19 * "0", "0: must be positive integers"),
     "directory": ("--json=nope/a.json", "--json=nope/a.json: not a file in a directory that can "),
     "directory as file": ("--plot=.", "--plot=.: not a file in a directory that can be written"),
     "matplotlib": ("--plot=a.png", "--plot=a.png: matplotlib is not installed"),
@@ -384,6 +386,20 @@ def test_error(argument, message, capsys, monkeypatch):
     assert line.startswith("jax_dwbp.bench: ")
     assert message in line
     assert os.listdir() == []
+
+
+def test_one_file_for_both(capsys):
+    assert run("--json=speed", "--plot=speed") == 2
+    assert capsys.readouterr().err.endswith("--plot=speed: is the file of --json too\n")
+
+
+def test_no_memory(capsys, monkeypatch):
+    def no_memory(*args):
+        raise MemoryError("Unable to allocate 1.2 TiB")
+
+    monkeypatch.setattr(bench._Problem, "operands", no_memory)
+    assert run() == 2
+    assert capsys.readouterr().err.endswith("jax_dwbp.bench: Unable to allocate 1.2 TiB\n")
 
 
 def test_help(capsys):

@@ -81,6 +81,21 @@ def test_limit_of_lax_on_a_cpu(op):
     )
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("two_rows", (2, 4, 12, 1), (3, 2, 1, 3), (1, 2), ((2, 0), (1, 1)), (2, 1)),
+        Case("one_column", (1, 6, 4, 1), (2, 4, 1, 1), (2, 3), ((1, 2), (1, 2)), (1, 2)),
+    ],
+    ids=str,
+)
+def test_one_channel_by_lax(case):
+    """XLA aborts on convolutions like these that have a single group."""
+    f, dy = case.operands("input_grad")
+    dx = case.run("input_grad", f, dy, implementation="lax")
+    case.check("input_grad", dx, case.expected("input_grad", f, dy), "float32")
+
+
 def test_beyond_every_limit():
     """The last row is right or it is an error: beyond the limit XLA leaves it uninitialised."""
     case = many_positions("forward", 2**24)

@@ -135,6 +135,74 @@ def test_explicit_sharding(explicit_mesh, op, implementation, sharded, data_form
                 )
 
 
+@pytest.mark.parametrize("in_axes", [(0, 0), (0, None), (None, 0)], ids=str)
+@pytest.mark.parametrize("op", ["forward", "input_grad", "filter_grad"])
+def test_vmap_over_an_explicitly_sharded_axis(op, in_axes):
+    """Values and derivatives of two orders, of the map and mapped, and the types that they have."""
+    case = Case("explicit", (3, 6, 5, 2), (3, 3, 2, 2), (2, 1))
+    problems = [case.operands(op, "float64", seed=seed) for seed in range(8)]
+    operands = [
+        np.stack(stack) if axis == 0 else stack[0]
+        for stack, axis in zip(zip(*problems, strict=True), in_axes, strict=True)
+    ]
+
+    def loss(run, a, b):
+        return jnp.sum(jnp.sin(run(a, b)))
+
+    run = functools.partial(case.run, op)
+    mapped = jax.vmap(run, in_axes)
+    gradient = jax.grad(functools.partial(loss, run), argnums=(0, 1))
+    second = jax.grad(lambda a, b: sum(jnp.sum(g**2) for g in gradient(a, b)), argnums=(0, 1))
+    functions = {
+        mapped: ("i",),
+        jax.grad(functools.partial(loss, mapped), argnums=(0, 1)): [
+            "i" if axis == 0 else None for axis in in_axes
+        ],
+        jax.vmap(gradient, in_axes): ("i", "i"),
+        jax.vmap(second, in_axes): ("i", "i"),
+    }
+    mesh = jax.make_mesh((4, 2), ("i", "j"), axis_types=(AxisType.Explicit,) * 2)
+    for function, entries in functions.items():
+        want = jax.tree.leaves(function(*operands))
+        with jax.set_mesh(mesh):
+            placed = [
+                jax.device_put(x, P("i") if axis == 0 else P())
+                for x, axis in zip(operands, in_axes, strict=True)
+            ]
+            got = jax.tree.leaves(jax.jit(function)(*placed))
+        for g, w, entry in zip(got, want, entries, strict=True):
+            np.testing.assert_allclose(g, w, atol=1e-10)
+            assert [*jax.typeof(g).sharding.spec] == [entry] + [None] * (g.ndim - 1)
+
+
+@pytest.mark.parametrize("sharded", [P("i"), P(None, "i"), P(None, None, "i")], ids=str)
+@pytest.mark.parametrize("out_sharding", [None, P("i")], ids=str)
+def test_stand_in_with_explicit_sharding(sharded, out_sharding):
+    """Of the batch, rows and columns, on a mesh with an axis that nothing uses."""
+    x, f = Case("explicit", (4, 8, 8, 2), (3, 3, 2, 1)).operands("forward", "float64")
+    f = f.reshape(3, 3, 1, 2)
+
+    def loss(x, f, **options):
+        y = jax_dwbp.conv_general_dilated(
+            *(x, f, (1, 1), "SAME"),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=2,
+            **options,
+        )
+        return jnp.sum(jnp.sin(y)), y
+
+    gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
+    want, wanted_y = gradient(x, f)
+    mesh = jax.make_mesh((4, 2), ("i", "j"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, sharded), jax.device_put(f, P())
+        got, y = jax.jit(functools.partial(gradient, out_sharding=out_sharding))(*placed)
+    for g, w in zip((*got, y), (*want, wanted_y), strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-12)
+    spec = sharded if out_sharding is None else out_sharding
+    assert jax.typeof(y).sharding.spec == P(*spec, *[None] * (4 - len(spec)))
+
+
 def test_other_explicit_sharding_is_refused(explicit_mesh):
     """Operands that do not go together, a part that needs more than its neighbours have, and a
     sharded filter: an error, not a wrong type."""

@@ -60,17 +60,22 @@ def input_grad(spec: ConvSpec, f: jax.Array, dy: jax.Array) -> jax.Array:
     for size, kernel, out, stride, (low, _), dilation in spec.axes():
         before = (kernel - 1) * dilation - low
         padding.append((before, size + low - ((out - 1) * stride + 1)))
+    lhs, rhs = _fold(dy), _fold_filter(f)[::-1, ::-1].transpose(0, 1, 3, 2)
+    groups = f.shape[0] * spec.channels
+    if groups == 1:
+        # XLA swaps the operands where there is no other group, and may abort the process by it.
+        lhs, rhs = (jnp.concatenate([a, jnp.zeros_like(a)], 3) for a in (lhs, rhs))
     dx = _conv(
         spec,
-        _fold(dy),
-        _fold_filter(f)[::-1, ::-1].transpose(0, 1, 3, 2),
+        lhs,
+        rhs,
         window_strides=(1, 1),
         padding=padding,
         lhs_dilation=spec.window_strides,
         rhs_dilation=spec.rhs_dilation,
-        feature_group_count=f.shape[0] * spec.channels,
+        feature_group_count=max(groups, 2),
     )
-    return _unfold(dx, f.shape[0], spec.channels)
+    return _unfold(dx[..., :groups], f.shape[0], spec.channels)
 
 
 def filter_grad(spec: ConvSpec, x: jax.Array, dy: jax.Array) -> jax.Array:
