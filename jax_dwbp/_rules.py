@@ -189,7 +189,7 @@ def _batch(operands, dims, *, op, spec):
         result = apply(*operands, op=op, spec=spec, forward_mode=True)
     else:
         result = _bind(op, spec, *operands)
-    return (result if result.ndim == len(shape) else _split(result, axis, shape[axis])), 0
+    return (result if result.ndim == len(shape) else _split(result, axis, shape)), 0
 
 
 def _repeated(x: Any, mapped: Any) -> Any:
@@ -213,14 +213,10 @@ def _join(x: Any, axis: int = 0) -> Any:
     )
 
 
-def _split(x: Any, axis: int, size: int) -> Any:
-    """x with `axis` as two, of which the first has `size` and the sharding."""
+def _split(x: Any, axis: int, shape: tuple[int, ...]) -> Any:
+    """x in `shape`, with `axis` as two of which the first has its sharding."""
     spec = jax.typeof(x).sharding.spec
-    return _reshaped(
-        x,
-        (*x.shape[:axis], size, x.shape[axis] // size, *x.shape[axis + 1 :]),
-        (*spec[: axis + 1], None, *spec[axis + 1 :]),
-    )
+    return _reshaped(x, shape, (*spec[: axis + 1], None, *spec[axis + 1 :]))
 
 
 def _reshaped(x: Any, shape: tuple[int, ...], spec: tuple[Any, ...]) -> Any:

@@ -163,3 +163,20 @@ def test_batched_filter_is_one_call():
     jaxpr = str(jax.make_jaxpr(jax.vmap(functools.partial(CASE.run, "input_grad")))(f, dy))
     assert jaxpr.count("depthwise_conv2d[") == 1
     assert "transpose" not in jaxpr
+
+
+@pytest.mark.parametrize("outer", [(0, 0), (0, None), (None, 0)], ids=str)
+@pytest.mark.parametrize("inner", [(0, 0), (0, None)], ids=str)
+def test_no_problems(outer, inner):
+    """A map over nothing, of maps."""
+    sizes = [
+        (*[0][: axis == 0], *[3][: inner_axis == 0])
+        for axis, inner_axis in zip(outer, inner, strict=True)
+    ]
+    x, f = np.ones((*sizes[0], 2, 5, 6, 2), "f"), np.ones((*sizes[1], 3, 3, 2, 1), "f")
+    run = functools.partial(Case("no_problems", (2, 5, 6, 2), (3, 3, 2, 1)).run, "forward")
+    mapped = jax.vmap(jax.vmap(run, inner), outer)
+    assert mapped(x, f).shape == (0, 3, 2, 5, 6, 2)
+    gradients = jax.grad(lambda x, f: mapped(x, f).sum(), argnums=(0, 1))(x, f)
+    assert [g.shape for g in gradients] == [x.shape, f.shape]
+    assert not any(np.any(g) for g in gradients)
