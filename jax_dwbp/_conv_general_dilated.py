@@ -40,8 +40,8 @@ def conv_general_dilated(
     call is depthwise if it has one or two spatial dimensions, more than one input channel and
     `feature_group_count` equal to their number; floating-point operands of one dtype; no
     `lhs_dilation`, `batch_group_count`, negative padding, explicit sharding of the channels or the
-    filter, and no empty dimension. Any other call, also one with an error in it, goes to lax
-    unchanged.
+    filter, nor `out_sharding` of an input without explicit sharding; and no empty dimension. Any
+    other call, also one with an error in it, goes to lax unchanged.
 
     Args: see `jax.lax.conv_general_dilated`.
 

@@ -2,11 +2,7 @@
 
 import functools
 import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -199,7 +195,7 @@ def test_rows_whose_parts_are_not_alike(op, case, parts):
 
 
 def check_divided(case, op, name, spec, parts):
-    """x or dy, be it an operand or the result, is divided by `spec`, and nothing else."""
+    """The array `name`, be it an operand or the result, is divided by `spec`, and nothing else."""
     operands = case.operands(op)
     names = (*OPERANDS[op], RESULTS[op])
     *in_specs, out_spec = (spec if array == name else P() for array in names)
@@ -350,34 +346,6 @@ def test_axes_of_the_mesh_in_any_order(op, case, order):
     program, placed, sent = compiled(run, operands, mesh, in_specs, out_spec)
     assert "collective-permute" in sent and "all-gather" not in sent
     case.check(op, program(*placed), case.expected(op, *operands), "float32")
-
-
-@every_op
-def test_without_shardy(op):
-    """GSPMD knows no rule and is left to what it does for lax; later versions of JAX lack it."""
-    case = Case("gspmd", (8, 8, 6, 8), (3, 3, 8, 2))
-    program = f"""
-import jax, numpy as np
-from cases import Case
-case = {case!r}
-operands = case.operands({op!r})
-mesh = jax.make_mesh((8,), ("i",), (jax.sharding.AxisType.Auto,))
-parts = [jax.sharding.PartitionSpec(*["i"] * (x.shape[0] == 8)) for x in operands]
-placed = [
-    jax.device_put(x, jax.sharding.NamedSharding(mesh, part))
-    for x, part in zip(operands, parts, strict=True)
-]
-got = jax.jit(lambda a, b: case.run({op!r}, a, b))(*placed)
-case.check({op!r}, got, case.expected({op!r}, *operands), "float32")
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"JAX_USE_SHARDY_PARTITIONER": "0"},
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
 
 
 @every_op

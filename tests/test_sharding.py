@@ -1,6 +1,9 @@
 """`shard_map` and sharded inputs on 8 host devices: values, gradients of replicated operands."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +102,18 @@ def test_sharded_inputs_under_jit(mesh, op):
     ]
     got = jax.jit(functools.partial(CASE.run, op))(*placed)
     CASE.check(op, got, CASE.expected(op, *operands), "float32")
+
+
+def test_without_shardy():
+    """GSPMD knows no rule and is left to what it does for lax."""
+    same = f"{__file__}::{test_sharded_inputs_under_jit.__name__}"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", same],
+        env=os.environ | {"JAX_USE_SHARDY_PARTITIONER": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

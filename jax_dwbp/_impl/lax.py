@@ -73,7 +73,7 @@ def input_grad(spec: ConvSpec, f: jax.Array, dy: jax.Array) -> jax.Array:
         padding=padding,
         lhs_dilation=spec.window_strides,
         rhs_dilation=spec.rhs_dilation,
-        feature_group_count=max(groups, 2),
+        feature_group_count=rhs.shape[3],
     )
     return _unfold(dx[..., :groups], f.shape[0], spec.channels)
 
