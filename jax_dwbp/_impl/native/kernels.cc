@@ -59,6 +59,8 @@ constexpr int64_t kLongRow = 16;
 constexpr int kLevels = 24;
 // Filters with more columns skip those that meet only padding.
 constexpr int64_t kSkip = 8;
+// Rows of the filter whose sums over columns are held in registers, where lines are loaded once for them.
+constexpr int kLineRows = 3;
 // What has more is packed, and there the border is only an optimization.
 constexpr int64_t kBorderTaps = 64;
 static_assert(kInPlaceTaps <= kBorderTaps && COLUMNS <= 8);
@@ -359,13 +361,19 @@ void Emit(const Row& row, int64_t columns) {
   }
 }
 
-INLINE void Prefetch(const Source& source, int64_t block, int64_t column, int64_t columns) {
+// The part of what is read next that falls to some columns of a block, in the order of memory. kLines is
+// its lines of each row if they are known.
+template <int kLines = 0>
+INLINE void Prefetch(const Source& source, int64_t blocks, int64_t block, int64_t column,
+                     int64_t columns) {
   const Ahead& ahead = source.ahead;
+  const int64_t stride = kLines ? kLines / columns : source.column_bytes / source.line_bytes;
+  const char* line = ahead.data + ahead.rows * stride * (column * blocks + columns * block) * 64;
   for (int64_t i = 0; i < ahead.rows; ++i) {
-    const char* line = ahead.row + i * ahead.row_bytes + block * source.block_bytes +
-                       column * source.column_bytes;
-    const char* const end = line + columns * source.column_bytes;
-    for (; line < end; line += source.line_bytes) __builtin_prefetch(line, 0, 2);
+    UNROLL for (int l = 0; l < kLines; ++l, line += 64) __builtin_prefetch(line, 0, 2);
+    if (kLines > 0) continue;
+    const char* const end = line + columns * stride * 64;
+    for (; line < end; line += 64) __builtin_prefetch(line, 0, 2);
   }
 }
 
@@ -389,30 +397,50 @@ struct Run {
   uint32_t lines;
 };
 
-// Adjacent lines that taps read for some columns, if these are kStride lines apart.
-template <int kTaps, int kStride, int kColumns>
-constexpr int kLines = kStride * (kColumns - 1) + kTaps;
+// What is known of a filter when this is compiled, or 0: its taps, which read adjacent lines, how many
+// lines the columns are apart, and the rows that only the first of two rows of the result reads, that
+// both read and that only the second reads. A single row is the first.
+template <int taps = 0, int stride = 1, int first = 0, int both = 0, int second = 0>
+struct Filter {
+  static constexpr int kTaps = taps, kStride = stride;
+  static constexpr int kFirst = first, kBoth = both, kAll = first + both + second;
+};
+
+// One tap after the other, or the other way round: packed, the last of a phase and the first of the next
+// may lie side by side too.
+bool AreAdjacent(const Source& in, const Tap* taps, int64_t count) {
+  bool adjacent = true;
+  for (int64_t i = 1; i < count; ++i) {
+    adjacent &= taps[i].read == taps[i - 1].read + in.line_bytes;
+    adjacent &= taps[i].weight - taps[i - 1].weight == taps[1].weight - taps[0].weight;
+  }
+  return adjacent;
+}
+
+// Lines that are read for some columns.
+template <typename F, int kColumns>
+constexpr int kLines = F::kStride * (kColumns - 1) + F::kTaps;
 
 template <typename T>
 INLINE typename Vector<T>::type Load(const char* from) {
   return *reinterpret_cast<const typename Vector<T>::unaligned*>(from);
 }
 
-// Adds what a row of the filter gives to the rows kFirst to kLast of the result. kTaps is the number of
-// taps if it is known and they read adjacent lines, else 0; kStride is how many lines the columns are
-// apart. At a border some of what taps read isn't there: the products with it are left out.
-template <typename T, int kTaps, int kStride, bool kBorder, int kFirst, int kLast, int kRows,
-          int kColumns>
-INLINE void AddRow(Sums<T, kRows, kColumns>& sums, const char* row, const T* const* weights,
-                   const Run& run, const Source& in) {
+// Adds what a row of the filter gives to the rows `first` to `last` of the result. At a border some of
+// what taps read isn't there: the products with it are left out.
+template <typename T, typename F, bool kBorder, int kRows, int kColumns>
+INLINE void AddRow(Sums<T, kRows, kColumns>& sums, const char* row, const T* const* weights, int first,
+                   int last, const Run& run, const Source& in) {
   using V = typename Vector<T>::type;
   constexpr int kStep = VECTOR_BYTES / sizeof(T), kLanes = 64 / sizeof(T);
+  constexpr int kTaps = F::kTaps, kStride = F::kStride;
   const Tap *const begin = run.begin, *const end = run.end;
   if constexpr (kTaps > 0 && kVectors == 1) {
     // Each line is loaded once, for all taps and rows.
     V w[kRows][kTaps];
-    const int64_t weight_step = (begin[1].weight - begin[0].weight) * kLanes;
-    UNROLL for (int i = kFirst; i <= kLast; ++i) {
+    const int64_t weight_step = kTaps > 1 ? (begin[1].weight - begin[0].weight) * kLanes : 0;
+    UNROLL for (int i = 0; i < kRows; ++i) {
+      if (i < first || i > last) continue;
       const T* weight = weights[i] + begin->weight * kLanes;
       UNROLL for (int k = 0; k < kTaps; ++k, weight += weight_step) {
         AS_POINTER(weight);
@@ -422,13 +450,15 @@ INLINE void AddRow(Sums<T, kRows, kColumns>& sums, const char* row, const T* con
     }
     const char* read = row + begin->read;
     AS_POINTER(read);
-    UNROLL for (int l = 0; l < kLines<kTaps, kStride, kColumns>; ++l, read += in.line_bytes) {
+    constexpr int kCount = kLines<F, kColumns>;
+    UNROLL for (int l = 0; l < kCount; ++l, read += in.line_bytes) {
       if (kBorder && !(run.lines >> l & 1)) continue;
       V x = Load<T>(read);
       IN_REGISTER(x);
       UNROLL for (int k = 0; k < kTaps; ++k) {
         if (l < k || (l - k) % kStride || (l - k) / kStride >= kColumns) continue;
-        UNROLL for (int i = kFirst; i <= kLast; ++i) {
+        UNROLL for (int i = 0; i < kRows; ++i) {
+          if (i < first || i > last) continue;
           sums.of[i][(l - k) / kStride][0] += x * w[i][k];
         }
       }
@@ -440,14 +470,18 @@ INLINE void AddRow(Sums<T, kRows, kColumns>& sums, const char* row, const T* con
       const uint32_t meets = kBorder ? run.meets[tap - begin] : 0;
       UNROLL for (int v = 0; v < kVectors; ++v) {
         V w[kRows];
-        UNROLL for (int i = kFirst; i <= kLast; ++i) {
+        UNROLL for (int i = 0; i < kRows; ++i) {
+          if (i < first || i > last) continue;
           w[i] = *reinterpret_cast<const V*>(weights[i] + tap->weight * kLanes + v * kStep);
         }
         UNROLL for (int j = 0; j < kColumns; ++j) {
           if (kBorder && !(meets >> j & 1)) continue;
           V x = Load<T>(read + j * in.column_bytes + v * VECTOR_BYTES);
-          if (kFirst < kLast) IN_REGISTER(x);
-          UNROLL for (int i = kFirst; i <= kLast; ++i) sums.of[i][j][v] += x * w[i];
+          if (first < last) IN_REGISTER(x);
+          UNROLL for (int i = 0; i < kRows; ++i) {
+            if (i < first || i > last) continue;
+            sums.of[i][j][v] += x * w[i];
+          }
         }
       }
     };
@@ -468,52 +502,87 @@ INLINE void AddSums(Sums<T, kRows, kColumns>& sums, const Sums<T, kRows, kColumn
   }
 }
 
-// Not inlined, for the registers.
-template <typename T, int kTaps, int kStride, bool kBorder, int kRows, int kColumns>
-__attribute__((noinline)) void ConvolveRun(const Convolution& conv, const Run& run) {
-  const int64_t taps = Max(run.end - run.begin, 1);
-  const int64_t chain_rows = Max(kChain / taps, taps < kLongRow ? 2 : 1);
-  for (int64_t block = 0; block < conv.blocks; ++block) {
-    const int64_t read_bytes = block * conv.in.block_bytes + run.t * conv.in.column_bytes;
-    const int64_t weight_lines = block * conv.weight_lines;
-    Sums<T, kRows, kColumns> sums, pairs[kLevels];
-    int64_t r = 0, chains = 0;
-    for (;;) {
-      sums = {};
-      const auto rows_to = [&](auto first, auto last, int64_t to) __attribute__((always_inline)) {
-        for (; r < to; ++r) {
-          const T* weights[kRows];
-          UNROLL for (int i = 0; i < kRows; ++i) {
-            weights[i] = reinterpret_cast<const T*>(conv.weights[i][r] + weight_lines);
-          }
-          AddRow<T, kTaps, kStride, kBorder, decltype(first)::value, decltype(last)::value>(
-              sums, conv.in.rows[r] + read_bytes, weights, run, conv.in);
-        }
-      };
-      const int64_t end = Min(conv.in.row_count, r + chain_rows);
-      if constexpr (kRows == 1) {
-        rows_to(Index<0>(), Index<0>(), end);
-      } else {
-        rows_to(Index<0>(), Index<0>(), Min(end, conv.both_begin));
-        rows_to(Index<0>(), Index<1>(), Min(end, conv.both_end));
-        rows_to(Index<1>(), Index<1>(), end);
-      }
-      // Like a binary counter: where a bit is set, a sum of as many chains waits for its pair.
-      int level = 0;
-      if (r == conv.in.row_count) {
-        for (; chains >> level; ++level) {
-          if (chains >> level & 1) AddSums(sums, pairs[level]);
-        }
-        break;
-      }
-      for (; chains >> level & 1; ++level) AddSums(sums, pairs[level]);
-      pairs[level] = sums;
-      ++chains;
+// What rows r = 0, 1, ... of the filter give; add(sums, r, first, last) adds one of them. Where the rows
+// are known, there are few of them: one running sum or two, and no branch.
+template <typename F, typename Result, typename Add>
+INLINE Result SumKnownRows(const Add& add) {
+  const auto sum_rows = [&](auto begin, auto end) __attribute__((always_inline)) {
+    constexpr int kBegin = decltype(begin)::value, kEnd = decltype(end)::value;
+    Result sums = {};
+    UNROLL for (int r = kBegin; r < kEnd; ++r) {
+      add(sums, r, r < F::kFirst + F::kBoth ? 0 : 1, r < F::kFirst ? 0 : F::kAll > F::kFirst);
     }
-    Prefetch(conv.in, block, run.t, kColumns);
+    return sums;
+  };
+  constexpr int kHalf = F::kTaps * F::kAll > kChain ? (F::kAll + 1) / 2 : F::kAll;
+  Result sums = sum_rows(Index<0>(), Index<kHalf>());
+  if constexpr (kHalf < F::kAll) AddSums(sums, sum_rows(Index<kHalf>(), Index<F::kAll>()));
+  return sums;
+}
+
+template <int kRows, typename Result, typename Add>
+INLINE Result SumRows(const Convolution& conv, int64_t taps, const Add& add) {
+  const int64_t chain_rows = Max(kChain / taps, taps < kLongRow ? 2 : 1);
+  Result sums, pairs[kLevels];
+  int64_t r = 0, chains = 0;
+  for (;;) {
+    sums = {};
+    const auto rows_to = [&](int first, int last, int64_t to) __attribute__((always_inline)) {
+      for (; r < to; ++r) add(sums, r, first, last);
+    };
+    const int64_t end = Min(conv.in.row_count, r + chain_rows);
+    if constexpr (kRows == 1) {
+      rows_to(0, 0, end);
+    } else {
+      rows_to(0, 0, Min(end, conv.both_begin));
+      rows_to(0, 1, Min(end, conv.both_end));
+      rows_to(1, 1, end);
+    }
+    // Like a binary counter: where a bit is set, a sum of as many chains waits for its pair.
+    int level = 0;
+    if (r == conv.in.row_count) {
+      for (; chains >> level; ++level) {
+        if (chains >> level & 1) AddSums(sums, pairs[level]);
+      }
+      return sums;
+    }
+    for (; chains >> level & 1; ++level) AddSums(sums, pairs[level]);
+    pairs[level] = sums;
+    ++chains;
+  }
+}
+
+// Not inlined, for the registers.
+template <typename T, typename F, bool kBorder, int kRows, int kColumns>
+__attribute__((noinline)) void ConvolveRun(const Convolution& convolution, const Run& run) {
+  using Result = Sums<T, kRows, kColumns>;
+  // A copy, which no result that is stored may change.
+  const Convolution conv = convolution;
+  const int64_t taps = Max(run.end - run.begin, 1), first_byte = run.t * conv.in.column_bytes;
+  char* outs[kRows];
+  UNROLL for (int i = 0; i < kRows; ++i) outs[i] = conv.out[i] + run.t * conv.column_bytes;
+  for (int64_t block = 0; block < conv.blocks; ++block) {
+    const int64_t read_bytes = block * conv.in.block_bytes + first_byte;
+    const int64_t weight_lines = block * conv.weight_lines;
+    const auto add = [&](Result& sums, int64_t r, int first, int last)
+                         __attribute__((always_inline)) {
+      const T* weights[kRows];
+      UNROLL for (int i = 0; i < kRows; ++i) {
+        weights[i] = reinterpret_cast<const T*>(conv.weights[i][r] + weight_lines);
+      }
+      AddRow<T, F, kBorder>(sums, conv.in.rows[r] + read_bytes, weights, first, last, run, conv.in);
+    };
+    Result sums;
+    if constexpr (F::kAll > 0) {
+      sums = SumKnownRows<F, Result>(add);
+    } else {
+      sums = SumRows<kRows, Result>(conv, taps, add);
+    }
+    Prefetch<F::kTaps ? F::kStride * kColumns : 0>(conv.in, conv.blocks, block, run.t, kColumns);
     UNROLL for (int i = 0; i < kRows; ++i) {
-      char* out = conv.out[i] + block * conv.out_bytes + run.t * conv.column_bytes;
+      char* out = outs[i] + block * conv.out_bytes;
       UNROLL for (int j = 0; j < kColumns; ++j, out += conv.column_bytes) {
+        AS_POINTER(out);
         // What is written next, else each line of it would be waited for.
         __builtin_prefetch(out + kColumns * conv.column_bytes, 1);
         UNROLL for (int v = 0; v < kVectors; ++v) {
@@ -525,7 +594,7 @@ __attribute__((noinline)) void ConvolveRun(const Convolution& conv, const Run& r
   }
 }
 
-template <typename T, int kTaps, int kStride, int kRows, int kColumns>
+template <typename T, typename F, int kRows, int kColumns>
 INLINE void ConvolveColumns(const Convolution& conv, int64_t t) {
   Run run;
   run.t = t, run.begin = conv.taps, run.end = conv.taps + conv.tap_count;
@@ -539,77 +608,99 @@ INLINE void ConvolveColumns(const Convolution& conv, int64_t t) {
   const int64_t taps = run.end - run.begin;
   bool border = false;
   for (int64_t i = 0; (is_wide || !conv.in.packed) && taps <= kBorderTaps && i < taps; ++i) {
+    border |= run.begin[i].begin > t || run.begin[i].end < t + kColumns;
+  }
+  if (!border) return ConvolveRun<T, F, false, kRows, kColumns>(conv, run);
+  for (int64_t i = 0; i < taps; ++i) {
     run.meets[i] = 0;
     for (int j = 0; j < kColumns; ++j) {
       const bool meets = run.begin[i].begin <= t + j && t + j < run.begin[i].end;
       run.meets[i] |= meets << j;
-      border |= !meets;
     }
   }
-  if (!border) return ConvolveRun<T, kTaps, kStride, false, kRows, kColumns>(conv, run);
   run.lines = 0;
-  for (int line = 0; kTaps > 0 && line < kLines<kTaps, kStride, kColumns>; ++line) {
-    // A column and a tap that meet there, as good as any.
-    const int column = Min(line / kStride, kColumns - 1), tap = line - column * kStride;
-    run.lines |= static_cast<uint32_t>(run.meets[tap] >> column & 1) << line;
+  if constexpr (F::kTaps > 0) {
+    for (int line = 0; line < kLines<F, kColumns>; ++line) {
+      // A column and a tap that meet there, as good as any.
+      const int column = Min(line / F::kStride, kColumns - 1), tap = line - column * F::kStride;
+      if (tap < F::kTaps) run.lines |= uint32_t{run.meets[tap] >> column & 1u} << line;
+    }
   }
-  ConvolveRun<T, kTaps, kStride, true, kRows, kColumns>(conv, run);
+  ConvolveRun<T, F, true, kRows, kColumns>(conv, run);
 }
 
 // The template of a number of columns that is known when it runs.
-template <typename T, int kTaps, int kStride, int kRows, int kColumns = COLUMNS>
+template <typename T, typename F, int kRows, int kColumns>
 void ConvolveSome(const Convolution& conv, int64_t columns, int64_t t) {
   if constexpr (kColumns > 0) {
-    if (columns == kColumns) return ConvolveColumns<T, kTaps, kStride, kRows, kColumns>(conv, t);
-    ConvolveSome<T, kTaps, kStride, kRows, kColumns - 1>(conv, columns, t);
+    if (columns == kColumns) {
+      // The rows are known only where that is worth the time to compile it.
+      constexpr bool kKnown = 2 * kColumns > COLUMNS && sizeof(T) == 4;
+      if constexpr (kKnown) {
+        return ConvolveColumns<T, F, kRows, kColumns>(conv, t);
+      } else {
+        return ConvolveColumns<T, Filter<F::kTaps, F::kStride>, kRows, kColumns>(conv, t);
+      }
+    }
+    ConvolveSome<T, F, kRows, kColumns - 1>(conv, columns, t);
   }
 }
 
-template <typename T, int kTaps, int kStride, int kRows>
+template <typename T, typename F, int kRows>
 void ConvolveRows(const Convolution& conv) {
   // Of even size. Blocks of the same columns lie side by side in the result, so that it is written in
-  // one stream.
-  const int64_t groups = (conv.columns + COLUMNS - 1) / COLUMNS;
+  // one stream. 3x3 under a stride of 2 computes least for what it reads, and that is read faster from
+  // memory where all blocks of some columns span little of it.
+  constexpr int kMost = F::kTaps == 3 && F::kStride == 2 ? (COLUMNS + 1) / 2 : COLUMNS;
+  const int64_t groups = (conv.columns + kMost - 1) / kMost;
   for (int64_t i = 0; i < groups; ++i) {
     const int64_t t = i * conv.columns / groups, next = (i + 1) * conv.columns / groups;
-    ConvolveSome<T, kTaps, kStride, kRows>(conv, next - t, t);
+    ConvolveSome<T, F, kRows, kMost>(conv, next - t, t);
   }
 }
 
-template <typename T, int kRows>
-void ConvolveTaps(const Convolution& conv) {
-  // One tap after the other, or the other way round: packed, the last of a phase and the first of the
-  // next may lie side by side too.
-  bool adjacent = true;
-  for (int64_t i = 1; i < conv.tap_count; ++i) {
-    const Tap *tap = conv.taps + i, *before = tap - 1;
-    adjacent &= tap->read == before->read + conv.in.line_bytes;
-    adjacent &= tap->weight - before->weight == conv.taps[1].weight - conv.taps[0].weight;
-  }
-  const int64_t taps = adjacent ? conv.tap_count : 0;
-  if (conv.in.column_bytes == conv.in.line_bytes) {
-    switch (taps) {
-      case 3:
-        return ConvolveRows<T, 3, 1, kRows>(conv);
-      case 5:
-        return ConvolveRows<T, 5, 1, kRows>(conv);
-      case 7:
-        return ConvolveRows<T, 7, 1, kRows>(conv);
+// By the first of some filters that fits.
+template <typename T, int kRows, typename... Filters>
+void ConvolveFilter(const Convolution& conv) {
+  const bool adjacent = AreAdjacent(conv.in, conv.taps, conv.tap_count);
+  const auto convolve = [&](auto filter) {
+    using F = decltype(filter);
+    if (F::kTaps > 0) {
+      if (!adjacent || conv.tap_count != F::kTaps) return false;
+      if (conv.in.column_bytes != F::kStride * conv.in.line_bytes) return false;
     }
-  } else if (conv.in.column_bytes == 2 * conv.in.line_bytes) {
-    switch (taps) {
-      case 3:
-        return ConvolveRows<T, 3, 2, kRows>(conv);
-      case 5:
-        return ConvolveRows<T, 5, 2, kRows>(conv);
+    if (F::kAll > 0) {
+      if (conv.both_begin != F::kFirst || conv.both_end != F::kFirst + F::kBoth) return false;
+      if (conv.in.row_count != F::kAll) return false;
     }
-  }
-  ConvolveRows<T, 0, 1, kRows>(conv);
+    ConvolveRows<T, F, kRows>(conv);
+    return true;
+  };
+  (convolve(Filters()) || ...);
+}
+
+template <typename T, int kRows, typename... Known>
+void ConvolveKnown(const Convolution& conv) {
+  ConvolveFilter<T, kRows, Known..., Filter<3>, Filter<5>, Filter<7>, Filter<3, 2>, Filter<5, 2>,
+                 Filter<>>(conv);
 }
 
 template <typename T>
 void Convolve(const Convolution& conv) {
-  ROWS == 1 || !conv.out[1] ? ConvolveTaps<T, 1>(conv) : ConvolveTaps<T, ROWS>(conv);
+  // Known are 3x3 filters, where a row of padding is above or below or none, also under a stride of 2,
+  // the phases of the input gradient of 3x3 and 5x5 under a stride of 2, and what has one dimension.
+  if constexpr (ROWS == 1) {
+    ConvolveKnown<T, 1, Filter<3, 1, 3>, Filter<3, 1, 2>, Filter<2, 1, 3>, Filter<2, 1, 2>,
+                  Filter<2, 1, 1>, Filter<1, 1, 2>, Filter<1, 1, 1>, Filter<3, 2, 3>, Filter<3, 1, 1>,
+                  Filter<4, 1, 1>>(conv);
+  } else if (conv.out[1]) {
+    ConvolveKnown<T, 2, Filter<3, 1, 1, 2, 1>, Filter<3, 1, 0, 2, 1>, Filter<3, 1, 1, 2, 0>,
+                  Filter<3, 2, 2, 1, 2>, Filter<3, 1, 1, 1, 1>, Filter<2, 1, 1, 2, 1>,
+                  Filter<2, 1, 1, 1, 1>, Filter<2, 1, 1, 0, 1>, Filter<1, 1, 1, 1, 1>,
+                  Filter<1, 1, 1, 0, 1>>(conv);
+  } else {
+    ConvolveKnown<T, 1, Filter<3, 1, 2>, Filter<3, 1, 1>, Filter<4, 1, 1>>(conv);
+  }
 }
 
 // Taps that are summed at once, of one block of channels.
@@ -657,16 +748,106 @@ void CorrelateSome(const Correlation& corr, const Group<T>& group, int64_t count
     if (count != kTaps) return CorrelateSome<T, kTaps - 1>(corr, group, count, prefetch);
     for (int64_t block = 0; block < corr.blocks; ++block) {
       if (prefetch) {
-        Prefetch(corr.in, block, 0, corr.columns);
-        Prefetch(corr.dy, block, 0, corr.columns);
+        Prefetch(corr.in, corr.blocks, block, 0, corr.columns);
+        Prefetch(corr.dy, corr.blocks, block, 0, corr.columns);
       }
       CorrelateTaps<T, kTaps>(corr, group, block);
     }
   }
 }
 
+// The sums of kRows rows of the filter, over `groups` times kColumns columns. Each line is loaded once, for
+// all its taps; `lines` has a bit for each that is there, for each group.
+template <typename T, typename F, int kRows, int kColumns>
+void CorrelateLines(const Correlation& corr, int64_t row, int64_t t, int64_t groups,
+                    const uint32_t* lines) {
+  using V = typename Vector<T>::type;
+  constexpr int kTaps = F::kTaps, kCount = kLines<F, kColumns>;
+  for (int64_t block = 0; block < corr.blocks; ++block) {
+    if (row == 0 && t == 0) {
+      Prefetch(corr.in, corr.blocks, block, 0, corr.columns);
+      Prefetch(corr.dy, corr.blocks, block, 0, corr.columns);
+    }
+    const char* dy = *corr.dy.rows + block * corr.dy.block_bytes + t * corr.dy.column_bytes;
+    int64_t read_bytes =
+        corr.taps->read + block * corr.in.block_bytes + t * corr.in.column_bytes;
+    V sums[kRows][kTaps] = {};
+    for (int64_t g = 0; g < groups; ++g, read_bytes += kColumns * corr.in.column_bytes) {
+      V u[kColumns];
+      UNROLL for (int j = 0; j < kColumns; ++j, dy += corr.dy.column_bytes) {
+        AS_POINTER(dy);
+        u[j] = Load<T>(dy);
+        IN_REGISTER(u[j]);
+      }
+      UNROLL for (int i = 0; i < kRows; ++i) {
+        const char* read = corr.in.rows[row + i] + read_bytes;
+        UNROLL for (int l = 0; l < kCount; ++l, read += corr.in.line_bytes) {
+          AS_POINTER(read);
+          if (!(lines[g] >> l & 1)) continue;
+          V x = Load<T>(read);
+          IN_REGISTER(x);
+          UNROLL for (int k = 0; k < kTaps; ++k) {
+            if (l < k || (l - k) % F::kStride || (l - k) / F::kStride >= kColumns) continue;
+            sums[i][k] += x * u[(l - k) / F::kStride];
+          }
+        }
+      }
+    }
+    UNROLL for (int i = 0; i < kRows; ++i) {
+      UNROLL for (int k = 0; k < kTaps; ++k) {
+        T* const sum = reinterpret_cast<T*>(corr.sums[row + i] + corr.taps[k].weight +
+                                            block * corr.sum_lines);
+        *reinterpret_cast<V*>(sum) += sums[i][k];
+      }
+    }
+  }
+}
+
+// The template of numbers that are known when it runs.
+template <typename T, typename F, int kRows = kLineRows, int kColumns = COLUMNS, typename... Args>
+void CorrelateSomeLines(int64_t rows, int64_t columns, const Args&... args) {
+  if constexpr (kRows > 0 && 2 * kColumns > COLUMNS) {
+    if (rows != kRows) return CorrelateSomeLines<T, F, kRows - 1, kColumns>(rows, columns, args...);
+    if (columns != kColumns) {
+      return CorrelateSomeLines<T, F, kRows, kColumns - 1>(rows, columns, args...);
+    }
+    CorrelateLines<T, F, kRows, kColumns>(args...);
+  }
+}
+
+template <typename T, typename F>
+void CorrelateFilter(const Correlation& corr) {
+  // Of two sizes, first the larger one.
+  const int64_t groups = (corr.columns + COLUMNS - 1) / COLUMNS;
+  const int64_t columns = (corr.columns + groups - 1) / groups;
+  const int64_t wide = corr.columns - (columns - 1) * groups;
+  // The lines that are there, counted from the first that column 0 meets.
+  int64_t begin = F::kStride * corr.columns + F::kTaps, end = corr.in.packed ? begin : 0;
+  for (int64_t k = 0; k < F::kTaps; ++k) {
+    const Tap& tap = corr.taps[k];
+    if (tap.begin >= tap.end) continue;
+    begin = Min(begin, F::kStride * tap.begin + k);
+    end = Max(end, F::kStride * (tap.end - 1) + k + 1);
+  }
+  if (corr.in.packed) begin = 0;
+  uint32_t lines[kReductionColumns];
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t first = F::kStride * (g * columns - Max(g - wide, 0));
+    const auto below = [](int64_t line) { return (uint64_t{1} << Max(Min(line, 32), 0)) - 1; };
+    lines[g] = below(end - first) & ~below(begin - first);
+  }
+  const int64_t rows = corr.in.row_count, parts = (rows + kLineRows - 1) / kLineRows;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t row = part * rows / parts, count = (part + 1) * rows / parts - row;
+    CorrelateSomeLines<T, F>(count, columns, corr, row, int64_t{0}, wide, lines);
+    if (wide == groups) continue;
+    CorrelateSomeLines<T, F>(count, columns - 1, corr, row, wide * columns, groups - wide,
+                             lines + wide);
+  }
+}
+
 template <typename T>
-void Correlate(const Correlation& corr) {
+void CorrelateGroups(const Correlation& corr) {
   const int64_t taps = corr.in.row_count * corr.tap_count;
   const int64_t groups = (taps + TAPS - 1) / TAPS;
   const Tap *tap = corr.taps, *const end = corr.taps + corr.tap_count;
@@ -695,6 +876,30 @@ void Correlate(const Correlation& corr) {
     if (corr.in.packed) group.all_begin = group.begin, group.all_end = group.end;
     CorrelateSome<T, TAPS>(corr, group, count, g == 0);
   }
+}
+
+template <typename T, typename... Filters>
+bool CorrelateByLines(const Correlation& corr) {
+  const auto correlate = [&](auto filter) {
+    using F = decltype(filter);
+    if (corr.tap_count != F::kTaps || corr.in.column_bytes != F::kStride * corr.in.line_bytes) {
+      return false;
+    }
+    CorrelateFilter<T, F>(corr);
+    return true;
+  };
+  return AreAdjacent(corr.in, corr.taps, corr.tap_count) && (correlate(Filters()) || ...);
+}
+
+template <typename T>
+void Correlate(const Correlation& corr) {
+  if constexpr (kVectors == 1 && sizeof(T) == 4) {
+    if (2 * corr.columns > COLUMNS &&
+        CorrelateByLines<T, Filter<3>, Filter<5>, Filter<7>, Filter<5, 2>>(corr)) {
+      return;
+    }
+  }
+  CorrelateGroups<T>(corr);
 }
 
 template <typename T>

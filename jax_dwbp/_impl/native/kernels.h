@@ -40,11 +40,11 @@ struct Columns {
   int64_t size;   // columns that there are
 };
 
-// Rows of the caller's array that will be read next, to be fetched. In steps of a column the caches
-// don't foresee it.
+// Rows of the caller's array that will be read next, to be fetched: in steps of a column the caches
+// don't foresee it. They lie side by side.
 struct Ahead {
-  const char* row;
-  int64_t rows, row_bytes;
+  const char* data;
+  int64_t rows;
 };
 
 // What is read: packed rows, with lines of zeros for the padding, or rows of the caller's array.

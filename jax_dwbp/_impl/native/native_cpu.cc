@@ -363,14 +363,16 @@ struct InPlace {
     const int64_t row = (t + tap.offset) * rows.read_step + rows.phases[tap.phase];
     return image + row * tensor.row * element_size;
   }
-  // What to fetch from below the rows that are read now, before `next` more of each phase are.
-  Ahead Next(const std::vector<const char*>& read, const char* image, int64_t start,
+  // What to fetch from below the rows that are read now, before `next` more of each phase are. Only a
+  // row's columns from `start` on lie side by side, if all of its columns are not read.
+  Ahead Next(const std::vector<const char*>& read, const char* image, int64_t start, int64_t tiles,
              int64_t next) const {
     if (read.empty()) return {};
     const int64_t row_bytes = tensor.row * element_size;
     const int64_t lowest = (*std::max_element(read.begin(), read.end()) - image) / row_bytes;
+    const int64_t most = tiles == 1 ? next * rows.read_step : 1;
     return {image + (lowest + 1) * row_bytes + start * ColumnBytes(),
-            std::min(next * rows.read_step, rows.read_size - 1 - lowest), row_bytes};
+            std::min(most, rows.read_size - 1 - lowest)};
   }
   // Bytes from a row's start to what `tap` reads for column `start`.
   int64_t Read(const AxisTap& tap, int64_t start) const {
@@ -518,7 +520,9 @@ bool Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
         }
         const int64_t row_count = scratch.rows.size();
         const Ahead ahead =
-            in_place ? reader.Next(scratch.rows, in_image, start, kernels.rows) : Ahead{};
+            in_place && chunks == 1
+                ? reader.Next(scratch.rows, in_image, start, tiles, kernels.rows)
+                : Ahead{};
 
         const auto move = [&](int64_t row_bytes, int64_t weight_lines) {
           for (const char*& row : scratch.rows) row += row_bytes;
@@ -687,7 +691,8 @@ bool Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
             if (scratch.sums.empty()) continue;
             const int64_t line = sizeof(Line), row_count = scratch.rows.size();
             const Ahead ahead =
-                in_place ? reader.Next(scratch.rows, in_image, start, 1) : Ahead{};
+                in_place && chunks == 1 ? reader.Next(scratch.rows, in_image, start, tiles, 1)
+                                        : Ahead{};
 
             const auto correlate = [&](int64_t block, int64_t end, int64_t channel,
                                        bool dy_in_place) {
@@ -715,7 +720,7 @@ bool Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
                       dy_in_place ? dy.column * element : line,
                       dy_in_place ? dy.column * element : line,
                       dy_in_place ? line : m_count * dy_plane * line, !dy_in_place,
-                      {dy_start + dy.row * element, dy_in_place && t + 1 < dy_rows, 0}},
+                      {dy_start + dy.row * element, dy_in_place && chunks == 1 && t + 1 < dy_rows}},
                      scratch.sums.data(), tile_taps[tile].data(),
                      static_cast<int64_t>(tile_taps[tile].size()), count, end - block,
                      m_count * sum_plane});
