@@ -79,6 +79,18 @@ def test_more_elements_than_32_bits_count(op):
 
 
 @compiled
+@pytest.mark.parametrize("channels", (3, 16))
+def test_what_meets_only_padding_is_not_multiplied_with_it(channels):
+    """Packed or in place: zero times infinity would be a NaN."""
+    case = Case("padded", (1, 8, 8, channels), (3, 3, channels, 1), padding=((1, 1), (4, 4)))
+    x, dy = case.operands("filter_grad")
+    dy[:, :, [0, 1, -2, -1]] = np.inf
+    df = case.run("filter_grad", x, dy, implementation="native_cpu")
+    dy[:, :, [0, 1, -2, -1]] = 0
+    case.check("filter_grad", df, case.expected("filter_grad", x, dy), "float32")
+
+
+@compiled
 @every_op
 def test_a_filter_for_each_problem_is_one_call(op):
     """No copy and no transpose: the kernel takes the axis of problems."""

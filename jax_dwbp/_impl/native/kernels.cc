@@ -361,17 +361,17 @@ void Emit(const Row& row, int64_t columns) {
   }
 }
 
-// The part of what is read next that falls to some columns of a block, in the order of memory. kLines is
+// The part of what is read next that falls to some columns of a block, in the order of memory. kShare is
 // its lines of each row if they are known.
-template <int kLines = 0>
+template <int kShare = 0>
 INLINE void Prefetch(const Source& source, int64_t blocks, int64_t block, int64_t column,
                      int64_t columns) {
   const Ahead& ahead = source.ahead;
-  const int64_t stride = kLines ? kLines / columns : source.column_bytes / source.line_bytes;
+  const int64_t stride = kShare ? kShare / columns : source.column_bytes / source.line_bytes;
   const char* line = ahead.data + ahead.rows * stride * (column * blocks + columns * block) * 64;
   for (int64_t i = 0; i < ahead.rows; ++i) {
-    UNROLL for (int l = 0; l < kLines; ++l, line += 64) __builtin_prefetch(line, 0, 2);
-    if (kLines > 0) continue;
+    UNROLL for (int l = 0; l < kShare; ++l, line += 64) __builtin_prefetch(line, 0, 2);
+    if (kShare > 0) continue;
     const char* const end = line + columns * stride * 64;
     for (; line < end; line += 64) __builtin_prefetch(line, 0, 2);
   }
@@ -502,27 +502,32 @@ INLINE void AddSums(Sums<T, kRows, kColumns>& sums, const Sums<T, kRows, kColumn
   }
 }
 
+// The rows of some taps that make a running sum.
+INLINE constexpr int64_t ChainRows(int64_t taps) {
+  return Max(kChain / taps, taps < kLongRow ? 2 : 1);
+}
+
 // What rows r = 0, 1, ... of the filter give; add(sums, r, first, last) adds one of them. Where the rows
-// are known, there are few of them: one running sum or two, and no branch.
-template <typename F, typename Result, typename Add>
+// are known there are few of them, and no branch.
+template <typename F, typename Result, int kBegin = 0, int kEnd = F::kAll, typename Add>
 INLINE Result SumKnownRows(const Add& add) {
-  const auto sum_rows = [&](auto begin, auto end) __attribute__((always_inline)) {
-    constexpr int kBegin = decltype(begin)::value, kEnd = decltype(end)::value;
+  constexpr int kChainRows = ChainRows(F::kTaps), kChains = (kEnd - kBegin + kChainRows - 1) / kChainRows;
+  if constexpr (kChains > 1) {
+    constexpr int kMiddle = kBegin + (kChains + 1) / 2 * kChainRows;
+    Result sums = SumKnownRows<F, Result, kBegin, kMiddle>(add);
+    AddSums(sums, SumKnownRows<F, Result, kMiddle, kEnd>(add));
+    return sums;
+  } else {
     Result sums = {};
     UNROLL for (int r = kBegin; r < kEnd; ++r) {
-      add(sums, r, r < F::kFirst + F::kBoth ? 0 : 1, r < F::kFirst ? 0 : F::kAll > F::kFirst);
+      add(sums, r, r < F::kFirst + F::kBoth ? 0 : 1, r < F::kFirst ? 0 : 1);
     }
     return sums;
-  };
-  constexpr int kHalf = F::kTaps * F::kAll > kChain ? (F::kAll + 1) / 2 : F::kAll;
-  Result sums = sum_rows(Index<0>(), Index<kHalf>());
-  if constexpr (kHalf < F::kAll) AddSums(sums, sum_rows(Index<kHalf>(), Index<F::kAll>()));
-  return sums;
+  }
 }
 
 template <int kRows, typename Result, typename Add>
-INLINE Result SumRows(const Convolution& conv, int64_t taps, const Add& add) {
-  const int64_t chain_rows = Max(kChain / taps, taps < kLongRow ? 2 : 1);
+INLINE Result SumRows(const Convolution& conv, int64_t chain_rows, const Add& add) {
   Result sums, pairs[kLevels];
   int64_t r = 0, chains = 0;
   for (;;) {
@@ -558,7 +563,8 @@ __attribute__((noinline)) void ConvolveRun(const Convolution& convolution, const
   using Result = Sums<T, kRows, kColumns>;
   // A copy, which no result that is stored may change.
   const Convolution conv = convolution;
-  const int64_t taps = Max(run.end - run.begin, 1), first_byte = run.t * conv.in.column_bytes;
+  const int64_t first_byte = run.t * conv.in.column_bytes;
+  const int64_t chain_rows = ChainRows(Max(run.end - run.begin, 1));
   char* outs[kRows];
   UNROLL for (int i = 0; i < kRows; ++i) outs[i] = conv.out[i] + run.t * conv.column_bytes;
   for (int64_t block = 0; block < conv.blocks; ++block) {
@@ -576,7 +582,7 @@ __attribute__((noinline)) void ConvolveRun(const Convolution& convolution, const
     if constexpr (F::kAll > 0) {
       sums = SumKnownRows<F, Result>(add);
     } else {
-      sums = SumRows<kRows, Result>(conv, taps, add);
+      sums = SumRows<kRows, Result>(conv, chain_rows, add);
     }
     Prefetch<F::kTaps ? F::kStride * kColumns : 0>(conv.in, conv.blocks, block, run.t, kColumns);
     UNROLL for (int i = 0; i < kRows; ++i) {
@@ -635,7 +641,7 @@ void ConvolveSome(const Convolution& conv, int64_t columns, int64_t t) {
   if constexpr (kColumns > 0) {
     if (columns == kColumns) {
       // The rows are known only where that is worth the time to compile it.
-      constexpr bool kKnown = 2 * kColumns > COLUMNS && sizeof(T) == 4;
+      constexpr bool kKnown = 3 * kColumns > COLUMNS && sizeof(T) == 4;
       if constexpr (kKnown) {
         return ConvolveColumns<T, F, kRows, kColumns>(conv, t);
       } else {
@@ -649,9 +655,9 @@ void ConvolveSome(const Convolution& conv, int64_t columns, int64_t t) {
 template <typename T, typename F, int kRows>
 void ConvolveRows(const Convolution& conv) {
   // Of even size. Blocks of the same columns lie side by side in the result, so that it is written in
-  // one stream. 3x3 under a stride of 2 computes least for what it reads, and that is read faster from
-  // memory where all blocks of some columns span little of it.
-  constexpr int kMost = F::kTaps == 3 && F::kStride == 2 ? (COLUMNS + 1) / 2 : COLUMNS;
+  // one stream. Three taps under a stride of 2 compute least for what they read, and that is read faster
+  // from memory where all blocks of some columns span little of it.
+  constexpr int kMost = F::kTaps == 3 && F::kStride == 2 && COLUMNS > 4 ? 4 : COLUMNS;
   const int64_t groups = (conv.columns + kMost - 1) / kMost;
   for (int64_t i = 0; i < groups; ++i) {
     const int64_t t = i * conv.columns / groups, next = (i + 1) * conv.columns / groups;
@@ -806,7 +812,8 @@ void CorrelateLines(const Correlation& corr, int64_t row, int64_t t, int64_t gro
 // The template of numbers that are known when it runs.
 template <typename T, typename F, int kRows = kLineRows, int kColumns = COLUMNS, typename... Args>
 void CorrelateSomeLines(int64_t rows, int64_t columns, const Args&... args) {
-  if constexpr (kRows > 0 && 2 * kColumns > COLUMNS) {
+  // No group has less than half of the most columns.
+  if constexpr (kRows > 0 && 2 * kColumns >= COLUMNS) {
     if (rows != kRows) return CorrelateSomeLines<T, F, kRows - 1, kColumns>(rows, columns, args...);
     if (columns != kColumns) {
       return CorrelateSomeLines<T, F, kRows, kColumns - 1>(rows, columns, args...);
@@ -822,15 +829,14 @@ void CorrelateFilter(const Correlation& corr) {
   const int64_t columns = (corr.columns + groups - 1) / groups;
   const int64_t wide = corr.columns - (columns - 1) * groups;
   // The lines that are there, counted from the first that column 0 meets.
-  int64_t begin = F::kStride * corr.columns + F::kTaps, end = corr.in.packed ? begin : 0;
+  int64_t begin = F::kStride * corr.columns + F::kTaps, end = 0;
   for (int64_t k = 0; k < F::kTaps; ++k) {
     const Tap& tap = corr.taps[k];
     if (tap.begin >= tap.end) continue;
     begin = Min(begin, F::kStride * tap.begin + k);
     end = Max(end, F::kStride * (tap.end - 1) + k + 1);
   }
-  if (corr.in.packed) begin = 0;
-  uint32_t lines[kReductionColumns];
+  uint32_t lines[kReductionColumns / COLUMNS + 1];
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t first = F::kStride * (g * columns - Max(g - wide, 0));
     const auto below = [](int64_t line) { return (uint64_t{1} << Max(Min(line, 32), 0)) - 1; };

@@ -363,8 +363,8 @@ struct InPlace {
     const int64_t row = (t + tap.offset) * rows.read_step + rows.phases[tap.phase];
     return image + row * tensor.row * element_size;
   }
-  // What to fetch from below the rows that are read now, before `next` more of each phase are. Only a
-  // row's columns from `start` on lie side by side, if all of its columns are not read.
+  // What to fetch from below the rows that are read now, before `next` more of each phase are. Where tiles
+  // share a row, only the tile's part of one row lies side by side; of a chunk of channels nothing does.
   Ahead Next(const std::vector<const char*>& read, const char* image, int64_t start, int64_t tiles,
              int64_t next) const {
     if (read.empty()) return {};
