@@ -14,8 +14,10 @@ from cases import DTYPES, OPS, SMALL, Case
 LARGER = (
     Case("rows", (2, 29, 28, 51), (3, 3, 51, 1)),
     Case("strided", (3, 30, 31, 24), (5, 5, 24, 2), (2, 2)),
+    Case("strided_rows", (1, 19, 21, 35), (3, 3, 35, 1), (2, 2)),
     Case("big_filter", (1, 28, 28, 16), (13, 13, 16, 1)),
     Case("tiles", (1, 3, 2500, 16), (3, 9, 16, 1)),
+    Case("one_row", (2, 1, 4096, 16), (1, 5, 16, 1)),
     Case("wide_filter", (1, 2, 90, 32), (1, 70, 32, 1)),
 )
 

@@ -61,6 +61,8 @@ constexpr int kLevels = 24;
 constexpr int64_t kSkip = 8;
 // Rows of the filter whose sums over columns are held in registers, where lines are loaded once for them.
 constexpr int kLineRows = 3;
+// Lines that are fetched at once: of more, processors drop some.
+constexpr int kFetched = 4;
 // What has more is packed, and there the border is only an optimization.
 constexpr int64_t kBorderTaps = 64;
 static_assert(kInPlaceTaps <= kBorderTaps && COLUMNS <= 8);
@@ -361,21 +363,18 @@ void Emit(const Row& row, int64_t columns) {
   }
 }
 
-// The part of what is read next that falls to some columns of a block, in the order of memory. kShare is
-// its lines of each row if they are known.
-template <int kShare = 0>
-INLINE void Prefetch(const Source& source, int64_t blocks, int64_t block, int64_t column,
-                     int64_t columns) {
-  const Ahead& ahead = source.ahead;
-  const int64_t stride = kShare ? kShare / columns : source.column_bytes / source.line_bytes;
-  const char* line = ahead.data + ahead.rows * stride * (column * blocks + columns * block) * 64;
-  for (int64_t i = 0; i < ahead.rows; ++i) {
-    UNROLL for (int l = 0; l < kShare; ++l, line += 64) __builtin_prefetch(line, 0, 2);
-    if (kShare > 0) continue;
-    const char* const end = line + columns * stride * 64;
-    for (; line < end; line += 64) __builtin_prefetch(line, 0, 2);
+// A part of what is read next, in the order of memory.
+struct Fetch {
+  const char *next, *end;
+
+  INLINE void Some() {
+    if (next >= end) return;
+    UNROLL for (int l = 0; l < kFetched; ++l, next += 64) __builtin_prefetch(next, 0, 2);
   }
-}
+  INLINE void Rest() {
+    while (next < end) Some();
+  }
+};
 
 template <int i>
 struct Index {
@@ -403,6 +402,8 @@ struct Run {
 template <int taps = 0, int stride = 1, int first = 0, int both = 0, int second = 0>
 struct Filter {
   static constexpr int kTaps = taps, kStride = stride;
+  // What computes least for what it reads.
+  static constexpr bool kReads = taps == 3 && stride == 2 && COLUMNS > 4;
   static constexpr int kFirst = first, kBoth = both, kAll = first + both + second;
 };
 
@@ -417,6 +418,12 @@ bool AreAdjacent(const Source& in, const Tap* taps, int64_t count) {
   return adjacent;
 }
 
+// Columns at a time, and where rows are long and taps few.
+template <typename F>
+constexpr int kMost = F::kReads ? 4 : COLUMNS;
+template <typename F>
+constexpr int kFewer = 0 < F::kTaps && F::kTaps <= 3 && kVectors == 1 ? (kMost<F> + 1) / 2 : kMost<F>;
+
 // Lines that are read for some columns.
 template <typename F, int kColumns>
 constexpr int kLines = F::kStride * (kColumns - 1) + F::kTaps;
@@ -430,7 +437,7 @@ INLINE typename Vector<T>::type Load(const char* from) {
 // what taps read isn't there: the products with it are left out.
 template <typename T, typename F, bool kBorder, int kRows, int kColumns>
 INLINE void AddRow(Sums<T, kRows, kColumns>& sums, const char* row, const T* const* weights, int first,
-                   int last, const Run& run, const Source& in) {
+                   int last, const Run& run, const Source& in, Fetch& fetch) {
   using V = typename Vector<T>::type;
   constexpr int kStep = VECTOR_BYTES / sizeof(T), kLanes = 64 / sizeof(T);
   constexpr int kTaps = F::kTaps, kStride = F::kStride;
@@ -452,6 +459,12 @@ INLINE void AddRow(Sums<T, kRows, kColumns>& sums, const char* row, const T* con
     AS_POINTER(read);
     constexpr int kCount = kLines<F, kColumns>;
     UNROLL for (int l = 0; l < kCount; ++l, read += in.line_bytes) {
+      // While lines are loaded that have few products.
+      if (kTaps <= 3 * kStride && l % kFetched == kFetched - 1) fetch.Some();
+      // What the next columns read.
+      if (F::kReads && kColumns <= kFewer<F> && l >= kTaps - kStride) {
+        __builtin_prefetch(read + kColumns * in.column_bytes);
+      }
       if (kBorder && !(run.lines >> l & 1)) continue;
       V x = Load<T>(read);
       IN_REGISTER(x);
@@ -567,7 +580,12 @@ __attribute__((noinline)) void ConvolveRun(const Convolution& convolution, const
   const int64_t chain_rows = ChainRows(Max(run.end - run.begin, 1));
   char* outs[kRows];
   UNROLL for (int i = 0; i < kRows; ++i) outs[i] = conv.out[i] + run.t * conv.column_bytes;
+  const int64_t stride = F::kTaps ? F::kStride : conv.in.column_bytes / conv.in.line_bytes;
+  const int64_t share = conv.in.ahead.rows * stride * 64;
+  Fetch fetch;
+  fetch.next = fetch.end = conv.in.ahead.data + share * run.t * conv.blocks;
   for (int64_t block = 0; block < conv.blocks; ++block) {
+    fetch.end += share * kColumns;
     const int64_t read_bytes = block * conv.in.block_bytes + first_byte;
     const int64_t weight_lines = block * conv.weight_lines;
     const auto add = [&](Result& sums, int64_t r, int first, int last)
@@ -576,7 +594,8 @@ __attribute__((noinline)) void ConvolveRun(const Convolution& convolution, const
       UNROLL for (int i = 0; i < kRows; ++i) {
         weights[i] = reinterpret_cast<const T*>(conv.weights[i][r] + weight_lines);
       }
-      AddRow<T, F, kBorder>(sums, conv.in.rows[r] + read_bytes, weights, first, last, run, conv.in);
+      AddRow<T, F, kBorder>(sums, conv.in.rows[r] + read_bytes, weights, first, last, run, conv.in,
+                            fetch);
     };
     Result sums;
     if constexpr (F::kAll > 0) {
@@ -584,7 +603,7 @@ __attribute__((noinline)) void ConvolveRun(const Convolution& convolution, const
     } else {
       sums = SumRows<kRows, Result>(conv, chain_rows, add);
     }
-    Prefetch<F::kTaps ? F::kStride * kColumns : 0>(conv.in, conv.blocks, block, run.t, kColumns);
+    fetch.Rest();
     UNROLL for (int i = 0; i < kRows; ++i) {
       char* out = outs[i] + block * conv.out_bytes;
       UNROLL for (int j = 0; j < kColumns; ++j, out += conv.column_bytes) {
@@ -641,7 +660,7 @@ void ConvolveSome(const Convolution& conv, int64_t columns, int64_t t) {
   if constexpr (kColumns > 0) {
     if (columns == kColumns) {
       // The rows are known only where that is worth the time to compile it.
-      constexpr bool kKnown = 3 * kColumns > COLUMNS && sizeof(T) == 4;
+      constexpr bool kKnown = 3 * kColumns > kMost<F> && sizeof(T) == 4;
       if constexpr (kKnown) {
         return ConvolveColumns<T, F, kRows, kColumns>(conv, t);
       } else {
@@ -655,13 +674,13 @@ void ConvolveSome(const Convolution& conv, int64_t columns, int64_t t) {
 template <typename T, typename F, int kRows>
 void ConvolveRows(const Convolution& conv) {
   // Of even size. Blocks of the same columns lie side by side in the result, so that it is written in
-  // one stream. Three taps under a stride of 2 compute least for what they read, and that is read faster
-  // from memory where all blocks of some columns span little of it.
-  constexpr int kMost = F::kTaps == 3 && F::kStride == 2 && COLUMNS > 4 ? 4 : COLUMNS;
-  const int64_t groups = (conv.columns + kMost - 1) / kMost;
+  // one stream. What few taps read comes faster from memory where all blocks of some columns span little
+  // of it.
+  const int64_t most = conv.columns > 2 * kMost<F> ? kFewer<F> : kMost<F>;
+  const int64_t groups = (conv.columns + most - 1) / most;
   for (int64_t i = 0; i < groups; ++i) {
     const int64_t t = i * conv.columns / groups, next = (i + 1) * conv.columns / groups;
-    ConvolveSome<T, F, kRows, kMost>(conv, next - t, t);
+    ConvolveSome<T, F, kRows, kMost<F>>(conv, next - t, t);
   }
 }
 
@@ -709,6 +728,13 @@ void Convolve(const Convolution& conv) {
   }
 }
 
+// All that a block reads next.
+INLINE void Prefetch(const Source& source, int64_t columns, int64_t block) {
+  const int64_t bytes = source.ahead.rows * (source.column_bytes / source.line_bytes) * columns * 64;
+  const char* line = source.ahead.data + block * bytes;
+  for (const char* const end = line + bytes; line < end; line += 64) __builtin_prefetch(line, 0, 2);
+}
+
 // Taps that are summed at once, of one block of channels.
 template <typename T>
 struct Group {
@@ -754,8 +780,8 @@ void CorrelateSome(const Correlation& corr, const Group<T>& group, int64_t count
     if (count != kTaps) return CorrelateSome<T, kTaps - 1>(corr, group, count, prefetch);
     for (int64_t block = 0; block < corr.blocks; ++block) {
       if (prefetch) {
-        Prefetch(corr.in, corr.blocks, block, 0, corr.columns);
-        Prefetch(corr.dy, corr.blocks, block, 0, corr.columns);
+        Prefetch(corr.in, corr.columns, block);
+        Prefetch(corr.dy, corr.columns, block);
       }
       CorrelateTaps<T, kTaps>(corr, group, block);
     }
@@ -771,8 +797,8 @@ void CorrelateLines(const Correlation& corr, int64_t row, int64_t t, int64_t gro
   constexpr int kTaps = F::kTaps, kCount = kLines<F, kColumns>;
   for (int64_t block = 0; block < corr.blocks; ++block) {
     if (row == 0 && t == 0) {
-      Prefetch(corr.in, corr.blocks, block, 0, corr.columns);
-      Prefetch(corr.dy, corr.blocks, block, 0, corr.columns);
+      Prefetch(corr.in, corr.columns, block);
+      Prefetch(corr.dy, corr.columns, block);
     }
     const char* dy = *corr.dy.rows + block * corr.dy.block_bytes + t * corr.dy.column_bytes;
     int64_t read_bytes =

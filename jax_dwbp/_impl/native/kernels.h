@@ -40,8 +40,8 @@ struct Columns {
   int64_t size;   // columns that there are
 };
 
-// Rows of the caller's array that will be read next, to be fetched: in steps of a column the caches
-// don't foresee it. They lie side by side.
+// Rows of the caller's array that will be read next, or what comes next in a single row, to be fetched:
+// in steps of a column the caches don't foresee it. They lie side by side.
 struct Ahead {
   const char* data;
   int64_t rows;

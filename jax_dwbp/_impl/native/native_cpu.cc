@@ -38,6 +38,8 @@ constexpr int64_t kRingBytes = 512 << 10;
 constexpr int64_t kTileBytes = 384 << 10;
 // Columns of a tile are a multiple of this, which is one of the columns that a kernel takes at a time.
 constexpr int64_t kTileColumns = 84;
+// How far ahead a single long row is fetched.
+constexpr int64_t kAheadBytes = 64 << 10;
 // Scratch that a thread keeps from one call to the next.
 constexpr int64_t kKeptBytes = 2 << 20;
 // Lines that one thread multiplies in the time that it takes to wake another.
@@ -357,6 +359,7 @@ struct InPlace {
   const Axis &rows, &columns;
   const Tensor& tensor;
   int64_t element_size;
+  bool all_channels;  // are read by a task
 
   int64_t ColumnBytes() const { return columns.read_step * tensor.column * element_size; }
   const char* Row(const AxisTap& tap, int64_t t, const char* image) const {
@@ -365,14 +368,16 @@ struct InPlace {
   }
   // What to fetch from below the rows that are read now, before `next` more of each phase are. Where tiles
   // share a row, only the tile's part of one row lies side by side; of a chunk of channels nothing does.
+  // Of a single row, what comes next lies in it.
   Ahead Next(const std::vector<const char*>& read, const char* image, int64_t start, int64_t tiles,
              int64_t next) const {
-    if (read.empty()) return {};
+    if (read.empty() || !all_channels) return {};
     const int64_t row_bytes = tensor.row * element_size;
+    const char* const first = image + start * ColumnBytes();
+    if (rows.read_size == 1) return {first + kAheadBytes, row_bytes >= 4 * kAheadBytes};
     const int64_t lowest = (*std::max_element(read.begin(), read.end()) - image) / row_bytes;
     const int64_t most = tiles == 1 ? next * rows.read_step : 1;
-    return {image + (lowest + 1) * row_bytes + start * ColumnBytes(),
-            std::min(most, rows.read_size - 1 - lowest)};
+    return {first + (lowest + 1) * row_bytes, std::min(most, rows.read_size - 1 - lowest)};
   }
   // Bytes from a row's start to what `tap` reads for column `start`.
   int64_t Read(const AxisTap& tap, int64_t start) const {
@@ -407,7 +412,6 @@ bool Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
   const int64_t kernel = sizes.kernel_rows * sizes.kernel_columns;
   const bool in_place = IsLines(kernels, in, sizes.channels, in_multiplier) && kernel <= kInPlaceTaps;
   const bool out_in_place = IsLines(kernels, out, sizes.channels, out_multiplier);
-  const InPlace reader{rows, columns, in, element};
   const Ring ring(kernels, rows, columns, in, in_multiplier, columns.Count());
   const int64_t blocks = CeilDiv(sizes.channels, lanes);
   const int64_t weight_plane = Odd(kernel), buffer_plane = Odd(ring.tile);
@@ -416,6 +420,7 @@ bool Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
                               (out_in_place ? 0 : buffer_lines);
   const int64_t task_blocks = BlocksPerTask(blocks, block_lines, blocks);
   const int64_t chunks = CeilDiv(blocks, task_blocks), tiles = ring.Tiles();
+  const InPlace reader{rows, columns, in, element, chunks == 1};
 
   const int64_t out_rows = rows.Count();
   int64_t taps = 0;
@@ -520,9 +525,7 @@ bool Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
         }
         const int64_t row_count = scratch.rows.size();
         const Ahead ahead =
-            in_place && chunks == 1
-                ? reader.Next(scratch.rows, in_image, start, tiles, kernels.rows)
-                : Ahead{};
+            in_place ? reader.Next(scratch.rows, in_image, start, tiles, kernels.rows) : Ahead{};
 
         const auto move = [&](int64_t row_bytes, int64_t weight_lines) {
           for (const char*& row : scratch.rows) row += row_bytes;
@@ -550,7 +553,7 @@ bool Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
                               in_place ? reader.ColumnBytes() : line,
                               in_place ? in.column * element : line,
                               in_place ? line : ring.BlockBytes(), !in_place,
-                              phase == 0 ? ahead : Ahead{}},
+                              phase == 0 && channel == 0 ? ahead : Ahead{}},
                              {scratch.weights[0].data(), scratch.weights[1].data()},
                              both_begin,
                              both_end,
@@ -569,6 +572,7 @@ bool Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
                 conv.out[i] = out_in_place ? result + i * next_row : reinterpret_cast<char*>(lines);
               }
               kernels.convolve(conv);
+              conv.in.ahead = {};
               move(0, weight_plane);
             }
             move(-skipped, -skipped_weights - out_multiplier * weight_plane);
@@ -596,7 +600,6 @@ bool Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
   const int64_t lanes = kernels.lanes, element = kernels.element_size, m_count = sizes.multiplier;
   const bool in_place = IsLines(kernels, in, sizes.channels, 1);
   const bool dy_in_place = IsLines(kernels, dy, sizes.channels, m_count);
-  const InPlace reader{rows, columns, in, element};
   const Ring ring(kernels, rows, columns, in, 1, kReductionColumns);
   const int64_t kernel = sizes.kernel_rows * sizes.kernel_columns, sum_plane = Odd(kernel);
   const int64_t dy_plane = Odd(ring.tile), tiles = ring.Tiles();
@@ -613,6 +616,7 @@ bool Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
           : kReductionBlocks;
   const int64_t task_blocks = BlocksPerTask(blocks, block_lines, most_blocks);
   const int64_t chunks = CeilDiv(blocks, task_blocks);
+  const InPlace reader{rows, columns, in, element, chunks == 1};
   const int64_t sum_lines = sizes.problems * blocks * m_count * sum_plane;  // of one part
   const int64_t most_parts = std::max<int64_t>(1, kReductionBytes / 64 / sum_lines);
   const int64_t wanted = CeilDiv(kReductionTasks, sizes.problems * chunks);
@@ -690,9 +694,10 @@ bool Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
             }
             if (scratch.sums.empty()) continue;
             const int64_t line = sizeof(Line), row_count = scratch.rows.size();
-            const Ahead ahead =
-                in_place && chunks == 1 ? reader.Next(scratch.rows, in_image, start, tiles, 1)
-                                        : Ahead{};
+            // After a single row, that of the next image is read.
+            const Ahead ahead = in_place && rows.read_size > 1
+                                    ? reader.Next(scratch.rows, in_image, start, tiles, 1)
+                                    : Ahead{};
 
             const auto correlate = [&](int64_t block, int64_t end, int64_t channel,
                                        bool dy_in_place) {
@@ -715,12 +720,13 @@ bool Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
                 kernels.correlate(
                     {{scratch.rows.data(), row_count, in_place ? reader.ColumnBytes() : line,
                       in_place ? in.column * element : line, in_place ? line : ring.BlockBytes(),
-                      !in_place, m == 0 ? ahead : Ahead{}},
+                      !in_place, m == 0 && channel == 0 ? ahead : Ahead{}},
                      {&dy_of_multiple, 1,
                       dy_in_place ? dy.column * element : line,
                       dy_in_place ? dy.column * element : line,
                       dy_in_place ? line : m_count * dy_plane * line, !dy_in_place,
-                      {dy_start + dy.row * element, dy_in_place && chunks == 1 && t + 1 < dy_rows}},
+                      {dy_start + dy.row * element,
+                       dy_in_place && chunks == 1 && channel == 0 && t + 1 < dy_rows}},
                      scratch.sums.data(), tile_taps[tile].data(),
                      static_cast<int64_t>(tile_taps[tile].size()), count, end - block,
                      m_count * sum_plane});
