@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import OPS, Case
+from cases import OPS, SMALL, Case
 
 from jax_dwbp._impl import pallas_tpu, taps
 from jax_dwbp._spec import canonicalize
@@ -74,6 +74,54 @@ def test_views(view, op, dtype):
     check(VIEWS[view], op, dtype)
 
 
+@pytest.mark.parametrize("case", [case for case in SMALL if case.filter[3] == 1], ids=str)
+@every_op
+def test_values_of_few_images_in_place(monkeypatch, case, op):
+    """They are copied by default, and many images take the interpreter long."""
+    monkeypatch.setattr(pallas_tpu, "_views", lambda spec, batch: ["ghwnc"])
+    check(case, op)
+
+
+# Borders of more pieces than are peeled, and taps that are further apart than a piece is wide.
+@pytest.mark.parametrize(
+    "case",
+    (
+        Case("border", (8, 9, 25, 3), (3, 3, 3, 1), padding=((9, 9), (9, 9))),
+        Case("border of strides", (8, 9, 7, 3), (2, 3, 3, 1), (2, 3), ((9, 8), (8, 9))),
+        Case("apart", (8, 9, 15, 3), (2, 3, 3, 1), dilations=(2, 5), padding="SAME"),
+    ),
+    ids=str,
+)
+@every_op
+def test_wide_borders_in_place(case, op):
+    plan = plan_of(case, op)
+    assert not plan.copies
+    looped = [
+        window.pieces(size, peels=True)[1]
+        for window, size in zip((plan.rows, plan.columns), plan.accumulators, strict=True)
+    ]
+    if case.name == "border" and op != "input_grad":
+        assert all(looped) and not any(piece.inside for pieces in looped for piece in pieces)
+    check(case, op)
+
+
+@every_op
+def test_pieces_meet_a_border_or_do_not(op):
+    rows = plan_of(Case("", (8, 14, 28, 128), (3, 3, 128, 1)), op).rows
+    before, looped, after = rows.pieces(2, peels=True)
+    assert [(p.start, p.count) for p in (*before, *after)] == [(0, 2), (12, 2)]
+    assert [p.start for p in looped] == [2, 4, 6, 8, 10] and all(p.inside for p in looped)
+    before, looped, after = rows.pieces(4, peels=False)
+    assert not before and len(looped) == 3 and [(p.start, p.count) for p in after] == [(12, 2)]
+    assert not any(p.inside for p in looped)
+
+
+def test_runs():
+    assert pallas_tpu._runs([-1, 0, 1], 1, 4) == [range(-1, 2)]
+    assert pallas_tpu._runs([-5, 0, 5], 1, 4) == [range(i, i + 1) for i in (-5, 0, 5)]
+    assert pallas_tpu._runs([0, 1, 2, 3, 4], 2, 4) == [range(0, 5, 2), range(1, 4, 2)]
+
+
 @pytest.mark.parametrize(
     ("batch", "channels", "multiplier", "view"),
     (
@@ -110,7 +158,7 @@ def test_rows_in_tiles(monkeypatch, op, dtype):
 @every_op
 def test_rows_and_columns_in_tiles(monkeypatch, op):
     case = Case("both", (32, 11, 37, 6), (3, 4, 6, 1), (1, 2), ((2, 1), (5, 4)))
-    monkeypatch.setattr(pallas_tpu, "_VMEM", (MB // 2,) * 2)
+    monkeypatch.setattr(pallas_tpu, "_VMEM", (448 << 10,) * 2)
     plan = plan_of(case, op)
     assert plan.rows.tiles > 2 and plan.columns.tiles > 2
     check(case, op)
@@ -143,9 +191,10 @@ def test_lanes_of_a_channel_in_several_registers(op, channels, multiplier):
     check(case, op)
 
 
+@pytest.mark.parametrize(("batch", "multiplier"), ((2, 2), (2, 1), (8, 1)))
 @every_op
-def test_infinities_stay_in_their_lane(op):
-    case = Case("inf", (2, 4, 5, 3), (2, 3, 3, 2))
+def test_infinities_stay_in_their_lane(op, batch, multiplier):
+    case = Case("inf", (batch, 4, 5, 3), (2, 3, 3, multiplier))
     a, b = case.operands(op)
     which = b if op == "input_grad" else a
     which[0, 2, 2, 1] = np.inf
@@ -212,6 +261,20 @@ def test_unsupported():
 
 
 @every_op
+def test_columns_are_cut_as_the_last_resort(op):
+    """Here one tile of rows needs more than the least VMEM, and all smaller ones do."""
+    plan = plan_of(Case("", (128, 28, 28, 128), (31, 31, 128, 1)), op, "bfloat16")
+    assert plan.bytes > pallas_tpu._VMEM[0]
+    assert (plan.rows.tiles, plan.columns.tiles) == (1, 1)
+
+
+@every_op
+def test_tiles_have_few_rows_that_are_not_there(op):
+    plan = plan_of(Case("", (128, 112, 112, 32), (3, 3, 32, 1)), op, "bfloat16")
+    assert plan.rows.tiles > 1 and plan.rows.tile * plan.rows.tiles == 112
+
+
+@every_op
 def test_what_it_takes_fits_the_vmem(op):
     fitting = Case("fits", (32, 4096, 64, 128), (31, 31, 128, 1))
     assert plan_of(fitting, op).bytes <= pallas_tpu._VMEM[-1]
@@ -237,11 +300,17 @@ def preferred(case, op, dtype="bfloat16"):
 @pytest.mark.parametrize(
     ("case", "ops"),
     (
-        (Case("3x3", (32, 28, 28, 256), (3, 3, 256, 1)), ()),
+        (Case("3x3", (32, 28, 28, 256), (3, 3, 256, 1)), OPS),
+        (Case("3x3", (32, 7, 7, 960), (3, 3, 960, 1)), ("forward", "input_grad")),
+        (Case("1x4", (32, 1, 512, 256), (1, 4, 256, 1)), ()),
+        (Case("5x5", (32, 7, 7, 1152), (5, 5, 1152, 1)), OPS),
+        (Case("7x7", (32, 28, 28, 256), (7, 7, 256, 1)), OPS),
         (Case("3x3 s2", (32, 56, 56, 128), (3, 3, 128, 1), (2, 2)), ()),
         (Case("5x5 s2", (32, 56, 56, 128), (5, 5, 128, 1), (2, 2)), ("input_grad",)),
-        (Case("7x7", (32, 28, 28, 256), (7, 7, 256, 1)), ()),
-        (Case("few channels", (64, 28, 28, 32), (3, 3, 32, 1)), ("forward", "input_grad")),
+        (Case("5x5 s1x2", (32, 56, 56, 128), (5, 5, 128, 1), (1, 2)), ()),
+        (Case("lanes", (32, 14, 14, 96), (7, 7, 96, 1)), OPS),
+        (Case("empty lanes", (32, 56, 56, 144), (7, 7, 144, 1)), ()),
+        (Case("few channels", (64, 28, 28, 32), (3, 3, 32, 1)), OPS),
         (Case("few images", (2, 28, 28, 256), (3, 3, 256, 1)), OPS),
         (Case("multiplier", (32, 28, 28, 256), (3, 3, 256, 2)), OPS),
     ),

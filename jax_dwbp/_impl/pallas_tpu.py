@@ -5,9 +5,11 @@ of a convolution with N and C there, so that H and W are merely indices: taps, s
 cost nothing, and a transposition to the same axes around the kernel is a change of names, not a
 copy. For small batches W and C are the tiled ones (`_view`).
 
-A step of the grid copies its rows of the source, with the zeros that the taps read beyond the
-edges, to a float32 scratch: no padded array is made in HBM. Then forward and input_grad sum the
-taps of each phase of `taps.axes`, and filter_grad sums products with dy for each tap.
+Forward and input_grad sum the taps of each phase of `taps.axes`, and filter_grad sums products with
+dy for each tap. The source is read in place, each row and column once for all results of a piece
+(`_reader`), and no padded array is made: what meets a border is computed outside of the loops,
+where the taps that meet nothing are left out. Where W is tiled, for a multiplier and for many taps,
+a step of the grid copies its rows of the source to a float32 scratch with zeros around (`_fill`).
 
 A multiplier makes lanes: x is repeated M times as it is copied, or the M lanes of each channel
 are summed before they are stored, both by gathers along lanes.
@@ -32,14 +34,18 @@ _LANES, _SUBLANES = 128, 8
 # Bytes of VMEM that a program may take. Blocks of 1 to 4 MB keep the DMAs busy; what needs more
 # than the first may have the second, which every TPU since v5e has.
 _VMEM = (20 << 20, 56 << 20)
-_SPARE = 4 << 20  # for what the compiler adds
+_SPARE = 6 << 20  # for what the compiler adds
 # Registers of the result that the body of a loop computes: enough to hide the latencies, as the
-# compiler does not pipeline loops. Its accumulators are those of a few rows at a time.
+# compiler does not pipeline loops. Its accumulators are those of a few rows at a time. Times the
+# taps that makes a limit of instructions, or else there are few to compile.
 _REGISTERS = 56
+_PRODUCTS = 1600
 # Registers that a body of a loop copies.
-_COPIED = 64
+_COPIED = 256
 # Taps of a phase beyond which the rows of the filter are looped over; its columns never are.
 _UNROLLED = 64
+# Pieces of an axis outside of its loop.
+_PEELED = 3
 _MAX_COLUMNS = 128
 _MAX_CHUNKS = 32
 
@@ -67,23 +73,26 @@ def unsupported(
 
 
 def preferred(op: Op, spec: ConvSpec, a: jax.ShapeDtypeStruct, b: jax.ShapeDtypeStruct) -> bool:
-    """Where static figures (tests/figures) promise 15% and more; no TPU has timed it.
+    """Where static figures (tests/figures) promise 15% and more on some chip; no TPU has timed it.
 
-    XLA's own kernel is as good for most layers. It takes 2 to 8 times the issue cycles for a few
-    images; more than ever for a multiplier, where it computes dense convolutions; 3 to 4 times in
-    the gradient of the input for the phases of 5x5 and 7x7 filters with a stride; and 1.1 to 1.3
-    times for few channels of many images. With 7x7 taps and no stride it is behind by 17% on v5e,
-    but by 4% and 7% on v6e and tpu7x.
+    XLA's own kernel takes 2 to 8 times the issue cycles for a few images; more than ever for a
+    multiplier, where it computes dense convolutions; 2 to 4 times in the gradient of the input for
+    the phases of 5x5 and 7x7 filters with a stride; and without a stride 1.1 to 2 times from 3x3
+    taps on, though memory may limit both. With less taps or with other strides memory does. If many
+    lanes are without a channel neither is better, nor for the nine sums over a small map.
     """
-    batch = _batch(op, a, b)
-    phases = op == "input_grad" and min(spec.kernel_spatial) > 3 and min(spec.window_strides) > 1
-    lanes = (
-        op != "filter_grad"
-        and a.dtype == jnp.bfloat16
-        and _views(spec, batch) == ["ghwcn"]
-        and spec.window_strides == (1, 1)
-    )
-    return spec.multiplier > 1 or batch < _SUBLANES or phases or lanes
+    batch, taps = _batch(op, a, b), math.prod(spec.kernel_spatial)
+    if spec.multiplier > 1 or batch < _SUBLANES:
+        return True
+    if spec.window_strides != (1, 1):
+        strided = min(spec.window_strides) > 1
+        return op == "input_grad" and strided and min(spec.kernel_spatial) > 3
+    small = op == "filter_grad" and math.prod(spec.out_spatial) <= 64
+    if taps < (25 if small else 9):
+        return False
+    if _views(spec, batch) == ["ghwcn"]:
+        return a.dtype == jnp.bfloat16
+    return spec.channels >= _ceil(spec.channels, _LANES) * _LANES * 3 / 4
 
 
 def forward(spec: ConvSpec, x: jax.Array, f: jax.Array) -> jax.Array:
@@ -96,7 +105,7 @@ def input_grad(spec: ConvSpec, f: jax.Array, dy: jax.Array) -> jax.Array:
 
 def filter_grad(spec: ConvSpec, x: jax.Array, dy: jax.Array) -> jax.Array:
     plan = _plan_of("filter_grad", spec, x)
-    shape = (x.shape[0], *spec.kernel_spatial, plan.filter_channels, plan.filter_lanes)
+    shape = (x.shape[0], *plan.filter_shape)
     if not plan.taps:
         return plan.from_lanes(jnp.zeros(shape, x.dtype))
     df = _call(
@@ -133,6 +142,14 @@ def _sum_taps(op: Op, spec: ConvSpec, source: jax.Array, f: jax.Array) -> jax.Ar
 # ---- The plan: which axes are tiled, what a step of the grid computes and what that takes.
 
 
+class _Piece(NamedTuple):
+    """Positions of a tile, from a start that may be traced."""
+
+    start: Any
+    count: int
+    inside: bool  # is all that the taps meet known to be rows of the source?
+
+
 class _Window(NamedTuple):
     """How a spatial axis is cut. Tile t has the positions t*tile, ... of each phase of the result.
 
@@ -158,6 +175,23 @@ class _Window(NamedTuple):
         """Rows of the result in a block, whole phases: what is beyond the last row is dropped."""
         return self.tile * len(self.axis.phases)
 
+    @property
+    def copied(self) -> tuple[int, int]:
+        """The rows of the scratch that are copied, of those that are not cut."""
+        first = min(max(self.border, 0), self.scratch)
+        return first, max(first, min(self.border + self.axis.source, self.scratch))
+
+    @property
+    def read(self) -> tuple[int, int]:
+        """The rows of the scratch that a tap meets."""
+        offsets, span = _offsets(self.axis), self.axis.step * (self.tile - 1) + 1
+        return max(0, self.border + offsets[0]), self.border + offsets[-1] + span
+
+    @property
+    def moved(self) -> int:
+        """Rows that are read and written, and those that are not there."""
+        return self.tiles * (self.source + self.result)
+
     def start(self, t):
         """The first row of the source in the block of tile t."""
         if self.tiles == 1:
@@ -166,22 +200,80 @@ class _Window(NamedTuple):
         return jnp.clip(first, 0, self.axis.source - self.source)
 
     def shift(self, t):
-        """Row r of the scratch is row r + shift of the block."""
-        return (
-            -self.border
-            if self.tiles == 1
-            else self.axis.step * self.tile * t - self.border - self.start(t)
-        )
+        """The row of the block at position 0."""
+        return 0 if self.tiles == 1 else self.axis.step * self.tile * t - self.start(t)
+
+    def position(self, piece: _Piece, offset) -> Any:
+        """Of the row that is `offset` from what the piece starts at, from the tile's first on."""
+        return self.axis.step * piece.start + offset
+
+    def outside(self, position) -> bool:
+        """Is it known that there is no such row?"""
+        known = self.tiles == 1 and isinstance(position, int)
+        return known and not 0 <= position < self.axis.source
+
+    def within(self, t, position, inside: bool) -> tuple[Any, Any]:
+        """The row of the block at a position, and whether it is one."""
+        row = position + self.shift(t)
+        if inside or (self.tiles == 1 and isinstance(position, int)):
+            return row, True
+        return jnp.clip(row, 0, self.source - 1), (row >= 0) & (row < self.source)
+
+    def pieces(self, size: int, peels: bool) -> tuple[list[_Piece], list[_Piece], list[_Piece]]:
+        """Pieces of `size` positions: those before, in and after a loop.
+
+        If it `peels`, what meets a border is outside of the loop, unless that is too much.
+        """
+        offsets = _offsets(self.axis)
+        step, firsts = self.axis.step, [self.tile * t for t in range(self.tiles)]
+
+        def piece(start: int) -> _Piece:
+            count = min(size, self.tile - start)
+            low, high = step * start, step * (start + count - 1)
+            low, high = low + offsets[0], high + offsets[-1]
+            inside = all(0 <= step * f + low and step * f + high < self.axis.source for f in firsts)
+            return _Piece(start, count, inside)
+
+        pieces = [piece(start) for start in range(0, self.tile, size)]
+        looped = [p for p in pieces if p.inside and p.count == size]
+        if not peels or len(pieces) - len(looped) > _PEELED:
+            pieces = [p._replace(inside=False) for p in pieces]
+            looped = [p for p in pieces if p.count == size]
+        if len(looped) < 2:
+            return pieces, [], []
+        first, last = pieces.index(looped[0]), pieces.index(looped[-1]) + 1
+        return pieces[:first], looped, pieces[last:]
+
+    def each(self, size: int, peels: bool, body: Callable[[_Piece, Any], Any], carry):
+        """carry = body(piece, carry) for each of the pieces."""
+        before, looped, after = self.pieces(size, peels)
+        for piece in before:
+            carry = body(piece, carry)
+        if looped:
+            first = looped[0]
+
+            def step(i, carry):
+                start = pl.multiple_of(first.start + i * size, size)
+                return body(first._replace(start=start), carry)
+
+            carry = lax.fori_loop(0, len(looped), step, carry)
+        for piece in after:
+            carry = body(piece, carry)
+        return carry
 
 
 def _window(axis: Axis, tiles: int, unit: int) -> _Window:
-    offsets = [tap.offset for taps in axis.phases for tap in taps] or [0]
+    offsets = _offsets(axis)
     tile = -(-axis.count // tiles)
-    border = -(min(offsets) // unit * unit)
+    border = -(offsets[0] // unit * unit)
     # Columns are computed `unit` at a time, and those beyond the last one read what is there.
     span = axis.step * (-(-tile // unit) * unit - 1) + 1
-    rows = max(offsets) + border + span
+    rows = offsets[-1] + border + span
     return _Window(axis, tile, border, -(-rows // unit) * unit)
+
+
+def _offsets(axis: Axis) -> list[int]:
+    return sorted({tap.offset for taps in axis.phases for tap in taps}) or [0]
 
 
 class _Plan(NamedTuple):
@@ -199,6 +291,24 @@ class _Plan(NamedTuple):
         return all(any(window.axis.phases) for window in (self.rows, self.columns))
 
     @property
+    def loops(self) -> bool:
+        """Over the rows of the filter."""
+        rows, columns = (max(map(len, w.axis.phases)) for w in (self.rows, self.columns))
+        return rows > 1 and rows * columns > _UNROLLED
+
+    @property
+    def copies(self) -> bool:
+        """Is the source read from a copy? Else every row and column is one of registers."""
+        return self.view[-2] == "w" or self.spec.multiplier > 1 or self.loops
+
+    @property
+    def bordered(self) -> bool:
+        """Are rows of the copy read that are beyond the source?"""
+        _, looped, _ = self.rows.pieces(self.accumulators[0], peels=True)
+        inside = self.rows.tiles == 1 and all(piece.inside for piece in looped)
+        return self.loops or not inside
+
+    @property
     def block(self) -> dict[str, int]:
         """The elements of the axes c, of the narrow side, and n in a block."""
         minor = {self.view[-1]: _LANES, self.view[-2]: _sublanes(self.dtype)}
@@ -213,7 +323,8 @@ class _Plan(NamedTuple):
     @property
     def tile(self) -> tuple[int, ...]:
         """The minor axes of the scratch that are not indices: (sublanes, lanes) or (lanes,)."""
-        return (_LANES,) if self.view[-2] == "w" else (self.block[self.view[-2]], _LANES)
+        lanes = _LANES if self.copies else self.block[self.view[-1]]
+        return (lanes,) if self.view[-2] == "w" else (self.block[self.view[-2]], lanes)
 
     @property
     def grid(self) -> dict[str, int]:
@@ -224,30 +335,36 @@ class _Plan(NamedTuple):
             "w": self.columns.tiles,
         }
 
-    # Lanes of the filter: those of each block of channels are padded to whole registers.
+    # The filter: its taps are sublanes, and the lanes of each block of channels whole registers.
+    # Where the lanes are images a weight has to be all of them.
 
     @property
-    def filter_lanes(self) -> int:
-        return self.grid["c"] * self.chunks * _LANES if self.view[-1] == "c" else _LANES
-
-    @property
-    def filter_channels(self) -> int:
-        return 1 if self.view[-1] == "c" else self.spec.channels
+    def filter_shape(self) -> tuple[int, ...]:
+        r, s = self.spec.kernel_spatial
+        if self.view[-1] == "n":
+            return r, s, self.spec.channels, _LANES
+        return r * s, self.grid["c"] * self.chunks * _LANES
 
     def to_lanes(self, f: jax.Array) -> jax.Array:
-        """[G,R,S,C,M] as the kernels read it, [G,R,S,filter_channels,filter_lanes] in float32."""
+        """[G,R,S,C,M] as the kernels read it, [G,*filter_shape] in float32."""
         f = f.astype(jnp.float32)
         if self.view[-1] == "n":
-            return jnp.broadcast_to(f, (*f.shape[:4], _LANES))
-        wide = f.reshape(*f.shape[:3], 1, f.shape[3] * f.shape[4])
-        pad = self.filter_lanes - wide.shape[4]
-        return jnp.pad(wide, [(0, 0)] * 4 + [(0, pad)])
+            return jnp.broadcast_to(f, (f.shape[0], *self.filter_shape))
+        taps, lanes = self.filter_shape
+        wide = f.reshape(f.shape[0], taps, f.shape[3] * f.shape[4])
+        return jnp.pad(wide, ((0, 0), (0, 0), (0, lanes - wide.shape[2])))
 
     def from_lanes(self, f: jax.Array) -> jax.Array:
         if self.view[-1] == "n":
             return jnp.sum(f, 4, keepdims=True)
-        wide = f[..., : self.spec.channels * self.spec.multiplier]
-        return wide.reshape(*f.shape[:3], self.spec.channels, self.spec.multiplier)
+        shape = *self.spec.kernel_spatial, self.spec.channels, self.spec.multiplier
+        return f[..., : shape[2] * shape[3]].reshape(f.shape[0], *shape)
+
+    def tap(self, k, j: int, lanes: slice) -> tuple[Any, ...]:
+        """Where the weights of a tap are in the block of a filter, [channels or 1, lanes]."""
+        if self.view[-1] == "n":
+            return 0, k, j, slice(None), lanes
+        return 0, pl.ds(k * self.spec.kernel_spatial[1] + j, 1), lanes
 
     def to_view(self, a: jax.Array) -> jax.Array:
         return a.transpose(["gnhwc".index(d) for d in self.view])
@@ -311,14 +428,12 @@ class _Plan(NamedTuple):
 
     @property
     def filter_spec(self) -> pl.BlockSpec:
-        r, s = self.spec.kernel_spatial
         if self.view[-1] == "n":
-            return pl.BlockSpec(
-                (1, r, s, self.block["c"], _LANES), lambda g, c, n, h, w: (g, 0, 0, c, 0)
-            )
-        return pl.BlockSpec(
-            (1, r, s, 1, self.chunks * _LANES), lambda g, c, n, h, w: (g, 0, 0, 0, c)
-        )
+            r, s = self.spec.kernel_spatial
+            block = (1, r, s, self.block["c"], _LANES)
+            return pl.BlockSpec(block, lambda g, c, n, h, w: (g, 0, 0, c, 0))
+        block = (1, self.filter_shape[0], self.chunks * _LANES)
+        return pl.BlockSpec(block, lambda g, c, n, h, w: (g, 0, c))
 
     @property
     def scratch(self) -> tuple[int, ...]:
@@ -340,18 +455,18 @@ class _Plan(NamedTuple):
         if unit > 1 and columns > 1:
             columns += columns % 2  # bfloat16 packs two to a register
         # Interpreted, a CPU compiles them, which takes it seconds for what a TPU does in one.
-        most = 2 if interpreted() else max(1, _REGISTERS // (columns * registers))
-        return _piece(self.rows.tile, most), columns * unit
+        taps = math.prod(self.spec.kernel_spatial[self.loops :])
+        most = min(_REGISTERS, _PRODUCTS // taps) // (columns * registers)
+        return _piece(self.rows.tile, 2 if interpreted() else max(1, most)), columns * unit
 
     @property
     def bytes(self) -> int:
         """The VMEM that it takes: blocks twice, as the next are copied while these are computed."""
-        r, s = self.spec.kernel_spatial
-        blocks = sum(
-            _padded(spec.block_shape, self.dtype) for spec in (self.source_spec, self.result_spec)
-        )
-        blocks += _padded((r, s, 8, self.chunks * _LANES), jnp.dtype("float32"))
-        return 2 * blocks + _padded(self.scratch, jnp.dtype("float32"))
+        arrays = (self.source_spec, self.dtype), (self.result_spec, self.dtype)
+        arrays += ((self.filter_spec, jnp.dtype("float32")),)
+        blocks = sum(_padded(spec.block_shape, dtype) for spec, dtype in arrays)
+        scratch = _padded(self.scratch, jnp.dtype("float32")) if self.copies else 0
+        return 2 * blocks + scratch
 
 
 def _ceil(a: int, b: int) -> int:
@@ -388,27 +503,32 @@ def _plan_of(op: Op, spec: ConvSpec, source: jax.Array) -> _Plan:
 
 @functools.lru_cache
 def _plan(op: Op, spec: ConvSpec, batch: int, dtype) -> _Plan | None:
-    """The one with the fewest tiles that fits, if there is one."""
+    """The one with the fewest tiles of columns that fits, and which moves the least of rows."""
     for limit in _VMEM:
-        for plan in _plans(op, spec, batch, dtype):
-            if plan.bytes <= limit:
-                return plan
-            # Cut rows have to be copied column by column: that is the last resort.
-            if plan.columns.tiles > 1 and limit != _VMEM[-1]:
+        for plans in _plans(op, spec, batch, dtype):
+            # Cut columns take conditions for each: that is the last resort.
+            if plans[0].columns.tiles > 1 and limit != _VMEM[-1]:
                 break
+            fitting = [plan for plan in plans if plan.bytes <= limit]
+            if fitting:
+                return min(fitting, key=lambda plan: plan.rows.moved)
     return None
 
 
-def _plans(op: Op, spec: ConvSpec, batch: int, dtype) -> Iterator[_Plan]:
+def _plans(op: Op, spec: ConvSpec, batch: int, dtype) -> Iterator[list[_Plan]]:
+    """By the tiles of columns, those with more and more tiles of rows."""
     rows, columns = axes(op, spec)
+    downs = sorted({_ceil(rows.count, tile) for tile in range(1, rows.count + 1)})
     for view in _views(spec, batch):
         unit = _SUBLANES if view[-2] == "w" else 1
         # A block may not start within a tile.
         most = 1 if unit > 1 else columns.count
         for across in (2**i for i in range(most.bit_length())):
-            for down in sorted({_ceil(rows.count, tile) for tile in range(1, rows.count + 1)}):
-                windows = _window(rows, down, 1), _window(columns, across, unit)
-                yield _Plan(op, spec, view, *windows, batch, dtype)
+            window = _window(columns, across, unit)
+            yield [
+                _Plan(op, spec, view, _window(rows, down, 1), window, batch, dtype)
+                for down in downs
+            ]
 
 
 def _views(spec: ConvSpec, batch: int) -> list[str]:
@@ -437,7 +557,7 @@ def _call(plan: _Plan, kernel: Callable, operands: dict[str, Any], out_shape, ou
             grid=(arrays[0].shape[0], *plan.grid.values()),
             in_specs=in_specs,
             out_specs=out_spec,
-            scratch_shapes=[pltpu.VMEM(plan.scratch, jnp.float32)],
+            scratch_shapes=[pltpu.VMEM(plan.scratch, jnp.float32)] if plan.copies else [],
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", *[semantics] * 3),
                 vmem_limit_bytes=plan.bytes + _SPARE,
@@ -461,34 +581,26 @@ def _loop(count: int, size: int, body: Callable, carry):
     return body(whole * size, count % size, carry) if count % size else carry
 
 
-def _sum_taps_kernel(
-    plan: _Plan,
-    source_ref,
-    f_ref,
-    result_ref,
-    scratch_ref,
-):
+def _sum_taps_kernel(plan: _Plan, source_ref, f_ref, result_ref, *scratch):
     source_ref, result_ref = (_spatial(plan, ref) for ref in (source_ref, result_ref))
-    _fill(plan, _program_ids(), source_ref, scratch_ref)
-    phases = plan.columns.axis.phases
+    readers = _readers(plan, _program_ids(), source_ref, *scratch)
     height, width = plan.accumulators
+    phases = dict(enumerate(plan.rows.axis.phases))
 
-    def block(q, rows, c, columns):
-        for a, row_taps in enumerate(plan.rows.axis.phases):
-            sums = [
-                _weighted_sum(
-                    plan, scratch_ref, f_ref.at[0], row_taps, taps, (q, rows), (c, columns)
-                )
-                for taps in phases
-            ]
-            for r in range(rows):
-                row = len(plan.rows.axis.phases) * (q + r) + a
-                _store(plan, result_ref, row, c, columns, [sum_[r] for sum_ in sums])
+    def block(rows: _Piece, columns: _Piece, _):
+        reads = [reader(rows, columns) for reader in readers]
+        sums = functools.partial(_weighted_sums, plan, f_ref, reads, rows.count, columns.count)
+        totals = _looped(sums, phases) if plan.loops else sums(phases)
+        for r in range(rows.count):
+            for a in phases:
+                row = len(phases) * (rows.start + r) + a
+                _store(plan, result_ref, row, columns, totals[a, r])
 
-    def row_block(q, rows, _):
-        return _loop(plan.columns.tile, width, lambda c, n, _: block(q, rows, c, n), None)
+    def row_block(rows: _Piece, _):
+        body = functools.partial(block, rows)
+        return plan.columns.each(width, not plan.copies, body, None)
 
-    _loop(plan.rows.tile, height, row_block, None)
+    plan.rows.each(height, True, row_block, None)
 
 
 def _program_ids() -> list[jax.Array]:
@@ -505,39 +617,45 @@ def _fill(plan: _Plan, ids, source_ref, scratch_ref):
     rows, columns = plan.rows, plan.columns
     unit, registers = plan.unit
     _, _, image, h, w = ids
-    row_shift, column_shift = rows.shift(h), columns.shift(w)
 
     def copy(r, source_row, c, source_column, n, inside):
         values = source_ref[source_row, pl.ds(source_column, n)].astype(jnp.float32)
-        values = jnp.where(inside, values, 0.0)
+        if inside is not True:
+            values = jnp.where(inside, values, 0.0)
         values = _mask_batch(plan, image, values)
+        if n % unit:
+            # Zeros follow: so whole registers are stored.
+            zeros = jnp.zeros((-n % unit, *values.shape[1:]), jnp.float32)
+            values = jnp.concatenate([values, zeros])
         for m, lanes in enumerate(_widen(plan, values)):
-            scratch_ref[m, r, pl.ds(c, n), ..., : lanes.shape[-1]] = lanes
+            scratch_ref[m, r, pl.ds(c, lanes.shape[0]), ..., : lanes.shape[-1]] = lanes
 
     def zero(r, c, n):
         if n > 0:
             shape = (plan.chunks, n, *plan.tile)
             scratch_ref[:, r, pl.ds(c, n)] = jnp.zeros(shape, jnp.float32)
 
-    def row(r):
-        source_row = r + row_shift
-        inside = (source_row >= 0) & (source_row < rows.source)
-        source_row = jnp.clip(source_row, 0, rows.source - 1)
+    def zero_row(r, _, carry):
+        zero(r, 0, columns.scratch)
+        return carry
+
+    def copy_row(r, known):
+        source_row, inside = rows.within(h, r - rows.border, known)
         if columns.tiles > 1:
 
             def column(c, _, carry):
-                source_column = c + column_shift
-                both = inside & (source_column >= 0) & (source_column < columns.source)
-                at = jnp.clip(source_column, 0, columns.source - 1)
-                copy(r, source_row, c, at, 1, both)
+                at, exists = columns.within(w, c - columns.border, False)
+                copy(r, source_row, c, at, 1, exists & inside)
                 return carry
 
             _loop(columns.scratch, 1, column, None)
             return
-        first = min(max(columns.border, 0), columns.scratch)
-        last = max(first, min(columns.border + columns.axis.source, columns.scratch))
-        zero(r, 0, first)
-        zero(r, last, columns.scratch - last)
+        first, last = columns.copied
+        # Beyond these only what there is not in the result is computed from.
+        start, stop = columns.read
+        zero(r, start, first - start)
+        filled = first + _ceil(last - first, unit) * unit
+        zero(r, filled, stop - filled)
 
         def piece(c, n, carry):
             copy(r, source_row, first + c, first + c - columns.border, n, inside)
@@ -545,13 +663,23 @@ def _fill(plan: _Plan, ids, source_ref, scratch_ref):
 
         _loop(last - first, _COPIED * unit // registers, piece, None)
 
-    def row_block(r, n, carry):
-        for i in range(n):
-            row(r + i)
-        return carry
+    def copy_rows(first, last, known):
+        def block(r, n, carry):
+            for i in range(n):
+                copy_row(first + r + i, known)
+            return carry
 
-    copied = _ceil(columns.scratch * registers, unit)
-    _loop(rows.scratch, _piece(rows.scratch, max(1, _COPIED // copied)), row_block, None)
+        of_a_row = _ceil(columns.scratch * registers, unit)
+        _loop(last - first, _piece(last - first, max(1, _COPIED // of_a_row)), block, None)
+
+    if rows.tiles > 1:
+        copy_rows(0, rows.scratch, False)
+        return
+    first, last = rows.copied
+    if plan.bordered:
+        _loop(first, 1, zero_row, None)
+        _loop(rows.scratch - last, 1, lambda r, n, carry: zero_row(last + r, n, carry), None)
+    copy_rows(first, last, True)
 
 
 def _mask_batch(plan: _Plan, n, values):
@@ -606,8 +734,8 @@ def _gather(values, index: Callable) -> jax.Array:
     return jnp.take_along_axis(flat, at, axis=1, mode="promise_in_bounds").reshape(values.shape)
 
 
-def _store(plan: _Plan, result_ref, row, c, columns, sums):
-    """Stores the sums of each phase of the columns [c, c + columns), which alternate."""
+def _store(plan: _Plan, result_ref, row, columns: _Piece, sums):
+    """Stores the sums of each phase of the columns, which alternate."""
     phases = len(sums)
     narrow = [_narrow(plan, s) if plan.op == "input_grad" else s for s in sums]
     lanes = result_ref.shape[-1]
@@ -615,7 +743,7 @@ def _store(plan: _Plan, result_ref, row, c, columns, sums):
     def put(values, first):
         values = values if phases == 1 else jnp.stack(values, 1).reshape(-1, *plan.tile)
         size = min(_LANES, lanes - first)
-        at = pl.ds(phases * c, phases * columns)
+        at = pl.ds(phases * columns.start, phases * columns.count)
         result_ref[row, at, ..., first : first + size] = values[..., :size].astype(plan.dtype)
 
     if plan.op == "input_grad":
@@ -625,40 +753,67 @@ def _store(plan: _Plan, result_ref, row, c, columns, sums):
             put(values, m * _LANES)
 
 
-def _weighted_sum(plan: _Plan, scratch_ref, f_ref, row_taps, column_taps, rows, columns):
-    """[rows][chunks] sums over the taps of one phase."""
-    (q, height), (c, width) = rows, columns
+def _weighted_sums(plan: _Plan, f_ref, reads, height: int, width: int, phases: dict):
+    """sums[a, r][b][chunk] of the row r of a phase a of `phases` and all phases b of columns.
+
+    `reads` has for each chunk what `_readers` describes.
+    """
     shape = (width, *plan.tile)
-    if not row_taps or not column_taps:
-        return [[jnp.zeros(shape, jnp.float32)] * plan.chunks] * height
+    column_phases = plan.columns.axis.phases
+    sums: dict[Any, jax.Array] = {}
+    for m, read in enumerate(reads):
 
-    def weight(m, k, j):
-        weights = f_ref[k, j, :, m * _LANES : (m + 1) * _LANES]
-        return weights.reshape((1,) * (len(shape) - 2) + weights.shape)
+        @functools.cache
+        def weight(a, i, j, m=m) -> jax.Array:
+            lanes = slice(m * _LANES, m * _LANES + plan.tile[-1])
+            weights = f_ref[plan.tap(phases[a][i].k, j, lanes)]
+            return weights.reshape((1,) * (len(shape) - 2) + weights.shape)
 
-    def sums(m, taps) -> list[jax.Array]:
-        totals: list[Any] = [None] * height
-        for row, meeting in _meetings(plan, taps, q, height):
-            for tap in column_taps:
-                values = _load(plan, scratch_ref, m, row, c, tap, width)
-                for r, i in meeting:
-                    product = values * weight(m, taps[i].k, tap.k)
-                    totals[r] = product if totals[r] is None else totals[r] + product
-        return totals
+        for offset, meeting in _meetings(plan, phases, height):
+            for b, taps in enumerate(column_phases):
+                found: list[Any] = [(tap, *met) for tap in taps if (met := read(offset, tap))]
+                # What fills all columns comes first: it needs no zeros to be added to.
+                for tap, values, at in sorted(found, key=lambda f: f[2].start - f[2].stop):
+                    for a, r, i in meeting:
+                        product = values * weight(a, i, tap.k)
+                        at_ = a, r, b, m
+                        sums[at_] = _add(sums.get(at_), product, at, width)
 
-    def looped_sums(m) -> list[jax.Array]:
-        # The taps of a row are summed first: no chain has all of them.
-        def add(i, totals):
-            parts = sums(m, [_evenly(row_taps, i)])
-            return [total + part for total, part in zip(totals, parts, strict=True)]
+    def sum_(*at) -> jax.Array:
+        return sums[at] if at in sums else jnp.zeros(shape, jnp.float32)
 
-        return lax.fori_loop(0, len(row_taps), add, [jnp.zeros(shape, jnp.float32)] * height)
+    return {
+        (a, r): [[sum_(a, r, b, m) for m in range(len(reads))] for b in range(len(column_phases))]
+        for a in phases
+        for r in range(height)
+    }
 
-    if len(row_taps) > 1 and len(row_taps) * len(column_taps) > _UNROLLED:
-        chunks = [looped_sums(m) for m in range(plan.chunks)]
-    else:
-        chunks = [sums(m, row_taps) for m in range(plan.chunks)]
-    return list(zip(*chunks, strict=True))
+
+def _add(total: jax.Array | None, values: jax.Array, at: slice, width: int) -> jax.Array:
+    """total[at] += values, where None is zeros."""
+    if at == slice(0, width):
+        return values if total is None else total + values
+    if total is None:
+        total = jnp.zeros((width, *values.shape[1:]), values.dtype)
+    middle = lax.slice_in_dim(total, at.start, at.stop) + values
+    before, after = total[: at.start], total[at.stop :]
+    return lax.concatenate([part for part in (before, middle, after) if part.shape[0]], 0)
+
+
+def _looped(sums: Callable, phases: dict):
+    """sums(phases), each phase in a loop over its taps.
+
+    The taps of a row are summed first: no chain has all of them.
+    """
+    totals = {}
+    for a, taps in phases.items():
+
+        def add(i, total, a=a, taps=taps):
+            return jax.tree.map(lax.add, total, sums({a: [_evenly(taps, i)]}))
+
+        zeros = jax.tree.map(jnp.zeros_like, sums({a: []}))
+        totals |= lax.fori_loop(0, len(taps), add, zeros) if len(taps) > 1 else sums({a: taps})
+    return totals
 
 
 def _evenly(taps: list[Tap], i) -> Tap:
@@ -669,29 +824,117 @@ def _evenly(taps: list[Tap], i) -> Tap:
     )
 
 
-def _meetings(plan: _Plan, taps: list[Tap], q, height: int) -> list[tuple[Any, list]]:
-    """The rows of the scratch that the result rows q, ..., q + height - 1 meet.
+def _meetings(plan: _Plan, phases: dict[int, list[Tap]], height: int) -> list[tuple[Any, list]]:
+    """What rows of the source `height` rows of the result meet, by the offset from the first.
 
-    With each of them the pairs (r, i) of a row q + r and the index of the tap that it meets it at:
-    so it needs to be loaded but once. If a tap is traced, it is the only one.
+    With each of them come the triples (a, r, i): row r of phase a meets it at the tap of index i.
+    So it needs to be loaded but once. If a tap is traced, it is the only one.
     """
-    first, step = taps[0].offset, plan.rows.axis.step
+    every = [(a, i, tap) for a, taps in phases.items() for i, tap in enumerate(taps)]
+    if not every:
+        return []
+    _, _, first = every[0]
     meetings: dict[int, list] = {}
-    for i, tap in enumerate(taps):
+    for a, i, tap in every:
+        relative = 0 if tap is first else tap.offset - first.offset
         for r in range(height):
-            meetings.setdefault(step * r + (tap.offset - first if i else 0), []).append((r, i))
-    start = step * q + first + plan.rows.border
-    return [(start + offset, meetings[offset]) for offset in sorted(meetings)]
+            meetings.setdefault(plan.rows.axis.step * r + relative, []).append((a, r, i))
+    return [(first.offset + offset, meetings[offset]) for offset in sorted(meetings)]
 
 
-def _load(plan: _Plan, scratch_ref, m, row, c, tap: Tap, count: int) -> jax.Array:
-    """What `count` columns of the result from c on meet at a tap, in a row of the scratch."""
-    step = plan.columns.axis.step
-    start = step * c + tap.offset + plan.columns.border
-    return scratch_ref.at[m, row][pl.ds(start, count, stride=step)]
+def _readers(plan: _Plan, ids, source_ref, scratch_ref=None) -> list[Callable]:
+    """For each chunk, of a piece of rows and one of columns makes the function that reads them.
+
+    read(offset, tap) are the values that the columns of the piece meet at a tap, in the row that is
+    `offset` from the first: of all columns or of a slice, beyond which all are zeros, with it; or
+    None if all are.
+    """
+    if scratch_ref is None:
+        return [functools.partial(_reader, plan, ids, source_ref)]
+    _fill(plan, ids, source_ref, scratch_ref)
+    return [functools.partial(_copy_reader, plan, scratch_ref.at[m]) for m in range(plan.chunks)]
 
 
-def _filter_grad_kernel(plan: _Plan, x_ref, dy_ref, df_ref, scratch_ref):
+def _copy_reader(plan: _Plan, scratch_ref, rows: _Piece, columns: _Piece) -> Callable:
+    window, step = plan.columns, plan.columns.axis.step
+
+    def read(offset, tap: Tap):
+        row = plan.rows.position(rows, offset)
+        if plan.rows.outside(row):
+            return None
+        at = pl.ds(step * columns.start + tap.offset + window.border, columns.count, stride=step)
+        return scratch_ref.at[row + plan.rows.border][at], slice(0, columns.count)
+
+    return read
+
+
+def _reader(plan: _Plan, ids, source_ref, rows: _Piece, columns: _Piece) -> Callable:
+    *_, h, w = ids
+    window, step = plan.columns, plan.columns.axis.step
+
+    def load(row, first: int, count: int):
+        """`count` columns for all the taps of a run, and the first of them that there is."""
+        start = window.position(columns, first)
+        low, high = 0, count
+        if window.tiles == 1 and isinstance(start, int):
+            low = max(0, _ceil(-start, step))
+            high = min(count, _ceil(window.axis.source - start, step))
+        elif not columns.inside:
+            each = []
+            for i in range(count):
+                column, inside = window.within(w, start + step * i, False)
+                each.append(jnp.where(inside, source_ref[row, column], 0.0))
+            return jnp.stack(each), 0
+        if low >= high:
+            return None
+        at = start + window.shift(w)
+        if step == 1:
+            return source_ref.at[row][pl.ds(at + low, high - low)], low
+        # There is no load of bfloat16 with a stride.
+        return jnp.stack([source_ref[row, at + step * i] for i in range(low, high)]), low
+
+    runs = _runs(_offsets(window.axis), step, columns.count)
+
+    @functools.cache
+    def load_run(offset, run: range):
+        position = plan.rows.position(rows, offset)
+        if plan.rows.outside(position):
+            return None
+        row, inside = plan.rows.within(h, position, rows.inside)
+        loaded = load(row, run.start, len(run) - 1 + columns.count)
+        if loaded is None:
+            return None
+        values = _mask_batch(plan, ids[2], loaded[0].astype(jnp.float32))
+        return (values if inside is True else jnp.where(inside, values, 0.0)), loaded[1]
+
+    def read(offset, tap: Tap):
+        run = next(run for run in runs if tap.offset in run)
+        loaded = load_run(offset, run)
+        if loaded is None:
+            return None
+        values, low = loaded
+        skipped = run.index(tap.offset) - low
+        at = slice(max(0, -skipped), min(columns.count, len(values) - skipped))
+        if at.start >= at.stop:
+            return None
+        return lax.slice_in_dim(values, at.start + skipped, at.stop + skipped), at
+
+    return read
+
+
+def _runs(offsets: list[int], step: int, width: int) -> list[range]:
+    """The offsets in ranges, each of those whose `width` columns, a step apart, overlap."""
+    runs: list[range] = []
+    for offset in sorted(offsets, key=lambda offset: (offset % step, offset)):
+        last = runs[-1] if runs else range(0)
+        if last and (offset - last.start) % step == 0 and offset - last[-1] <= step * width:
+            runs[-1] = range(last.start, offset + 1, step)
+        else:
+            runs.append(range(offset, offset + 1, step))
+    return runs
+
+
+def _filter_grad_kernel(plan: _Plan, x_ref, dy_ref, df_ref, *scratch):
     ids = _program_ids()
 
     @pl.when((ids[2] == 0) & (ids[3] == 0) & (ids[4] == 0))
@@ -699,13 +942,10 @@ def _filter_grad_kernel(plan: _Plan, x_ref, dy_ref, df_ref, scratch_ref):
         df_ref[...] = jnp.zeros(df_ref.shape, jnp.float32)
 
     x_ref, dy_ref = _spatial(plan, x_ref), _spatial(plan, dy_ref)
-    _fill(plan, ids, x_ref, scratch_ref)
     [row_taps], [column_taps] = plan.rows.axis.phases, plan.columns.axis.phases
-    for m in range(plan.chunks):
-        add = functools.partial(
-            _add_filter_rows, plan, ids, scratch_ref, dy_ref, df_ref, m, column_taps
-        )
-        if len(row_taps) > 1 and len(row_taps) * len(column_taps) > _UNROLLED:
+    for m, reader in enumerate(_readers(plan, ids, x_ref, *scratch)):
+        add = functools.partial(_add_filter_rows, plan, ids, reader, dy_ref, df_ref, m)
+        if plan.loops:
 
             def add_row(i, carry, add=add):
                 add([_evenly(row_taps, i)])
@@ -718,9 +958,10 @@ def _filter_grad_kernel(plan: _Plan, x_ref, dy_ref, df_ref, scratch_ref):
                 add(row_taps[i : i + several])
 
 
-def _add_filter_rows(plan: _Plan, ids, scratch_ref, dy_ref, df_ref, m, column_taps, row_taps):
+def _add_filter_rows(plan: _Plan, ids, reader: Callable, dy_ref, df_ref, m: int, row_taps):
     """Adds to some rows of the gradient, whose sums are in registers all the while."""
     rows, columns = plan.rows, plan.columns
+    [column_taps] = columns.axis.phases
     unit = _sublanes(plan.dtype) if plan.view[-2] == "w" else 1
     height, width = plan.accumulators
     lanes = slice(m * _LANES, min((m + 1) * _LANES, dy_ref.shape[-1]))
@@ -735,35 +976,50 @@ def _add_filter_rows(plan: _Plan, ids, scratch_ref, dy_ref, df_ref, m, column_ta
                 dy = jnp.where(tile * window.tile + index < window.axis.count, dy, 0.0)
         return dy
 
-    def block(q, height, c, n, totals):
+    def block(rows: _Piece, columns: _Piece, totals):
         totals = [list(row) for row in totals]
-        dys = [load_dy(q + r, c, n) for r in range(height)]
-        for row, meeting in _meetings(plan, row_taps, q, height):
+        read = reader(rows, columns)
+        dys = [load_dy(rows.start + r, columns.start, columns.count) for r in range(rows.count)]
+        for offset, meeting in _meetings(plan, {0: row_taps}, rows.count):
             for j, tap in enumerate(column_taps):
-                x = _load(plan, scratch_ref, m, row, c, tap, n)[..., : dys[0].shape[-1]]
-                for r, i in meeting:
-                    products = (x * dys[r]).reshape(-1, *totals[i][j].shape)
+                found = read(offset, tap)
+                if found is None:
+                    continue
+                x, at = found[0][..., : dys[0].shape[-1]], found[1]
+                for _, r, i in meeting:
+                    products = x * lax.slice_in_dim(dys[r], at.start, at.stop)
+                    products = products.reshape(-1, *totals[i][j].shape)
                     totals[i][j] += jnp.sum(products, 0)
         return totals
 
-    def region(c, n, count):
-        """Sums over `count` columns from c on."""
-        shape = (min(n, unit), *plan.tile[:-1], lanes.stop - lanes.start)
-
-        def row(q, height, totals):
-            return _loop(count, n, lambda i, n, totals: block(q, height, c + i, n, totals), totals)
-
+    def region(size: int, each: Callable):
+        """Sums over the columns of pieces, which have at least `size`."""
+        shape = (min(size, unit), *plan.tile[:-1], lanes.stop - lanes.start)
+        if plan.view[-2] == "n" and shape[1] % _SUBLANES == 0:
+            shape = (1, _SUBLANES, shape[2])  # images are summed anyway
         totals = [[jnp.zeros(shape, jnp.float32)] * len(column_taps)] * len(row_taps)
-        totals = _loop(rows.tile, height, row, totals)
+        totals = rows.each(
+            height,
+            True,
+            lambda rows, totals: each(lambda c, totals: block(rows, c, totals), totals),
+            totals,
+        )
         summed = (0,) if plan.view[-2] == "w" or plan.view[-1] == "n" else (0, 1)
         for row_tap, row_totals in zip(row_taps, totals, strict=True):
             for column, total in zip(column_taps, row_totals, strict=True):
                 value = jnp.sum(total, summed)
                 value = value if value.ndim == 2 else value[None]
-                df_ref[0, row_tap.k, column.k, :, lanes] += value
+                df_ref[plan.tap(row_tap.k, column.k, lanes)] += value
 
-    whole = columns.tile // unit * unit
+    if unit == 1:
+        region(1, functools.partial(columns.each, width, not plan.copies))
+        return
+    whole, rest = columns.tile // unit * unit, columns.tile % unit
+
+    def whole_registers(body, totals):
+        return _loop(whole, width, lambda c, n, totals: body(_Piece(c, n, False), totals), totals)
+
     if whole:
-        region(0, width, whole)
-    if columns.tile % unit:
-        region(whole, columns.tile % unit, columns.tile % unit)
+        region(width, whole_registers)
+    if rest:
+        region(rest, lambda body, totals: body(_Piece(whole, rest, False), totals))

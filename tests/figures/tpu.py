@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import glob
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -44,7 +45,7 @@ _IMPLEMENTATIONS = {"pallas_tpu": pallas_tpu, "lax": lax, "xla_taps": xla_taps}
 # The bandwidth in bytes/s and the clock in Hz: nominal ones, of a core.
 CHIPS = {"v5e": (820e9, 1.5e9), "v6e": (1640e9, 1.75e9), "tpu7x": (3690e9, 1.9e9)}
 _REGISTER = 8 * 128
-_TIMEOUT = 300  # seconds
+_TIMEOUT = 900  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +114,7 @@ TABLE = (
     _square("convnext-t", 128, 28, 256, 7),
     _square("convnext-t", 128, 14, 384, 7, dtype="float32"),
     _square("replknet-31b", 128, 28, 128, 31, lax=()),
-    _square("few channels", 128, 56, 32, 3),
+    _square("few channels", 256, 56, 32, 3),
     _square("few images", 2, 56, 4096, 3),
     _square("one image", 1, 28, 2048, 7),
     _square("multiplier", 8, 28, 128, 3, multiplier=2, lax=("input_grad",)),
@@ -220,7 +221,7 @@ def issue_cycles(listing: str) -> int:
         if not count:
             raise ValueError("a loop's trips are not static")
         # The loop over the grid runs once more at either end, where it only copies.
-        pipelined = "/* iteration index, stage" in texts[first]
+        pipelined = "iteration index, stage" in texts[first]
         times = max(1, int(count[1]) - 2 * pipelined)
         while last + 1 < len(texts) and depths[last + 1] >= depths[first] and not labels[last + 1]:
             last += 1
@@ -302,14 +303,16 @@ def _moved(text: str, activation: int) -> list[str]:
     return found
 
 
-# ---- A process for each row. It prints a line of JSON for each figure, as libtpu may abort.
+# ---- A process for each layer. It prints a line of JSON for each figure, as libtpu may abort.
+
+_KEY = ("chip", "dtype", "op", "implementation")
 
 
 def _child() -> None:
     task = json.loads(sys.argv[1])
     layer = Layer(**{k: _tuples(v) for k, v in task["layer"].items()})
-    for op in task["ops"]:
-        problem = Problem(layer, op, task["chip"], task["dtype"])
+    for chip, dtype, op in itertools.product(task["chips"], task["dtypes"], task["ops"]):
+        problem = Problem(layer, op, chip, dtype)
         for name in _names(task, op):
             try:
                 value: Any = None
@@ -324,7 +327,8 @@ def _child() -> None:
                 row = {"unknown": _first_line(error)}
             except Exception as error:  # whatever libtpu and Mosaic raise
                 row = {"error": _first_line(error)}
-            print(json.dumps({"op": op, "implementation": name, **row}), flush=True)
+            key = {"chip": chip, "dtype": dtype, "op": op, "implementation": name}
+            print(json.dumps({**key, **row}), flush=True)
 
 
 def _names(task: dict[str, Any], op: str) -> list[str]:
@@ -341,7 +345,7 @@ def _tuples(value: Any) -> Any:
 
 
 def _run_child(task: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each op and implementation of the task, with a value or with an error."""
+    """A row for each chip, dtype, op and implementation, with a value or with an error."""
     with tempfile.TemporaryDirectory() as dump:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
@@ -352,9 +356,12 @@ def _run_child(task: dict[str, Any]) -> list[dict[str, Any]]:
             "TPU_WORKER_ID": "0",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "PYTHONPATH": str(Path(__file__).parents[1]),
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
-            "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*",
         }
+        if task["kind"] == "table":
+            environment["LIBTPU_INIT_ARGS"] = (
+                f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
+                "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
+            )
         command = [sys.executable, "-c", "from figures.tpu import _child; _child()"]
         layer = dataclasses.asdict(task["layer"])
         argument = json.dumps({**task, "layer": layer, "dump": dump})
@@ -372,12 +379,17 @@ def _run_child(task: dict[str, Any]) -> list[dict[str, Any]]:
             process.kill()
             output, _ = process.communicate()
             ended = f"it took more than {_TIMEOUT} s"
-    rows = {(row["op"], row["implementation"]): row for row in map(json.loads, output.splitlines())}
-    common = {"layer": task["layer"], "chip": task["chip"], "dtype": task["dtype"]}
+    found = [json.loads(line) for line in output.splitlines()]
+    rows = {tuple(row[key] for key in _KEY): row for row in found}
     return [
-        {**common, **rows.get((op, name), {"op": op, "implementation": name, "error": ended})}
-        for op in task["ops"]
+        {
+            "layer": task["layer"],
+            **dict(zip(_KEY, key, strict=True)),
+            **rows.get(key, {"error": ended}),
+        }
+        for *key_, op in itertools.product(task["chips"], task["dtypes"], task["ops"])
         for name in _names(task, op)
+        for key in [(*key_, op, name)]
     ]
 
 
@@ -393,11 +405,7 @@ def _table_failures(rows: Sequence[dict[str, Any]]) -> list[str]:
             continue
         layer = problem.layer
         limits = {"lax, as it is preferred to it": lax_cycles} if _preferred(problem) else {}
-        # Small images have a wider border to copy, and fewer images or channels empty lanes.
-        n, h, _, c = layer.input
-        factor = (
-            {(3, 3): 1.5, (7, 7): 1.25}.get(layer.kernel) if min(n, h) > 8 and c >= 128 else None
-        )
+        factor = {(3, 3): 1.5, (7, 7): 1.25}.get(layer.kernel)
         if (
             layer.strides == (1, 1)
             and layer.multiplier == 1
@@ -485,15 +493,13 @@ def _run(values: flags.FlagValues) -> int:
             {
                 "kind": kind,
                 "layer": layer,
-                "chip": chip,
-                "dtype": dtype,
+                "chips": values.chips,
+                "dtypes": dtypes or [layer.dtype],
                 "ops": ops,
                 "names": names,
             }
             for layer in layers
             if re.search(values.filter, layer.name)
-            for chip in values.chips
-            for dtype in dtypes or [layer.dtype]
         ]
 
     todo = tasks("table", TABLE, values.implementations, [], values.ops)
