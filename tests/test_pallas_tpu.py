@@ -205,6 +205,18 @@ def test_infinities_stay_in_their_lane(op, batch, multiplier):
     assert not np.isfinite(got).all() and np.isfinite(got).any()
 
 
+def test_infinities_that_no_window_has_are_not_summed(monkeypatch):
+    """The last tile has rows of dy that are not there, at the row of x that is left over."""
+    case = Case("left over", (2, 24, 6, 3), (3, 3, 3, 1), (2, 1), "VALID")
+    monkeypatch.setattr(pallas_tpu, "_VMEM", (180 << 10,) * 2)
+    rows = plan_of(case, "filter_grad").rows
+    assert rows.tiles > 1 and rows.axis.count % rows.tile
+    x, dy = case.operands("filter_grad")
+    x[:, -1] = np.inf
+    got, want = run(case, "filter_grad", x, dy), case.expected("filter_grad", x, dy)
+    case.check("filter_grad", got, want, "float32")
+
+
 @every_op
 def test_problems_have_filters_of_their_own(op):
     case = Case("problems", (2, 5, 6, 3), (3, 2, 3, 2), (1, 2))

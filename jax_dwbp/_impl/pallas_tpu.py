@@ -147,7 +147,7 @@ class _Piece(NamedTuple):
 
     start: Any
     count: int
-    inside: bool  # is all that the taps meet known to be rows of the source?
+    inside: bool  # are they, and all that the taps meet, known to be there?
 
 
 class _Window(NamedTuple):
@@ -176,6 +176,16 @@ class _Window(NamedTuple):
         return self.tile * len(self.axis.phases)
 
     @property
+    def last(self) -> int:
+        """The positions that there are in the last tile."""
+        return self.axis.count - self.tile * (self.tiles - 1)
+
+    def exist(self, piece: _Piece) -> bool:
+        """Are all positions of a piece known to be there in every tile?"""
+        known = isinstance(piece.start, int) and piece.start + piece.count <= self.last
+        return piece.inside or self.last == self.tile or known
+
+    @property
     def copied(self) -> tuple[int, int]:
         """The rows of the scratch that are copied, of those that are not cut."""
         first = min(max(self.border, 0), self.scratch)
@@ -188,9 +198,9 @@ class _Window(NamedTuple):
         return max(0, self.border + offsets[0]), self.border + offsets[-1] + span
 
     @property
-    def moved(self) -> int:
-        """Rows that are read and written, and those that are not there."""
-        return self.tiles * (self.source + self.result)
+    def moved(self) -> tuple[int, int]:
+        """Rows that are read and written, and positions that are not there."""
+        return self.tiles * (self.source + self.result), self.tile - self.last
 
     def start(self, t):
         """The first row of the source in the block of tile t."""
@@ -232,7 +242,8 @@ class _Window(NamedTuple):
             low, high = step * start, step * (start + count - 1)
             low, high = low + offsets[0], high + offsets[-1]
             inside = all(0 <= step * f + low and step * f + high < self.axis.source for f in firsts)
-            return _Piece(start, count, inside)
+            exist = self.exist(_Piece(start, count, False))
+            return _Piece(start, count, inside and exist)
 
         pieces = [piece(start) for start in range(0, self.tile, size)]
         looped = [p for p in pieces if p.inside and p.count == size]
@@ -966,28 +977,35 @@ def _add_filter_rows(plan: _Plan, ids, reader: Callable, dy_ref, df_ref, m: int,
     height, width = plan.accumulators
     lanes = slice(m * _LANES, min((m + 1) * _LANES, dy_ref.shape[-1]))
 
-    def load_dy(q, c, n):
-        dy = dy_ref[q, pl.ds(c, n), ..., lanes].astype(jnp.float32)
-        dy = _mask_batch(plan, ids[2], dy)
-        for window, tile, index in ((rows, ids[3], q), (columns, ids[4], c)):
-            if window.axis.count % window.tile:
-                if window is columns:
-                    index += lax.broadcasted_iota(jnp.int32, dy.shape, 0)
-                dy = jnp.where(tile * window.tile + index < window.axis.count, dy, 0.0)
-        return dy
+    def load_dy(row: _Piece, piece: _Piece):
+        """And which of it there is, where that is not known."""
+        at = row.start, pl.ds(piece.start, piece.count), ..., lanes
+        dy = _mask_batch(plan, ids[2], dy_ref[at].astype(jnp.float32))
+        exists = []
+        if not rows.exist(row):
+            exists.append(ids[3] * rows.tile + row.start < rows.axis.count)
+        if not columns.exist(piece):
+            column = piece.start + lax.broadcasted_iota(jnp.int32, dy.shape, 0)
+            exists.append(ids[4] * columns.tile + column < columns.axis.count)
+        return dy, exists
 
     def block(rows: _Piece, columns: _Piece, totals):
         totals = [list(row) for row in totals]
         read = reader(rows, columns)
-        dys = [load_dy(rows.start + r, columns.start, columns.count) for r in range(rows.count)]
+        each_row = [_Piece(rows.start + r, 1, rows.inside) for r in range(rows.count)]
+        dys = [load_dy(row, columns) for row in each_row]
         for offset, meeting in _meetings(plan, {0: row_taps}, rows.count):
             for j, tap in enumerate(column_taps):
                 found = read(offset, tap)
                 if found is None:
                     continue
-                x, at = found[0][..., : dys[0].shape[-1]], found[1]
+                values, at = found
                 for _, r, i in meeting:
-                    products = x * lax.slice_in_dim(dys[r], at.start, at.stop)
+                    dy, exists = dys[r]
+                    products = values[..., : dy.shape[-1]] * lax.slice_in_dim(dy, at.start, at.stop)
+                    # What is not there must not meet an infinity: 0 * inf is no zero.
+                    for condition in exists:
+                        products = jnp.where(condition, products, 0.0)
                     products = products.reshape(-1, *totals[i][j].shape)
                     totals[i][j] += jnp.sum(products, 0)
         return totals
