@@ -340,6 +340,7 @@ def test_preferred(case, ops):
 @pytest.mark.parametrize("x64", (False, True))
 def test_it_lowers_for_a_tpu(monkeypatch, view, op, x64):
     monkeypatch.delenv("JAX_DWBP_INTERPRET")
+    jax.clear_caches()  # of what was traced to be interpreted
     case = VIEWS[view]
     with jax.enable_x64(x64):
         a, b = (jax.ShapeDtypeStruct((1, *x.shape), jnp.bfloat16) for x in case.operands(op))
