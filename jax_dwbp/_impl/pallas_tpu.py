@@ -462,7 +462,9 @@ class _Plan(NamedTuple):
         """Rows and columns, of a phase, that are computed at a time."""
         unit, registers = self.unit
         registers *= len(self.columns.axis.phases) * self.chunks
-        columns = _piece(_ceil(self.columns.tile, unit), max(1, 8 // registers))
+        # Where W is tiled few columns of more rows spill less.
+        most = 8 if unit == 1 else 2
+        columns = _piece(_ceil(self.columns.tile, unit), max(1, most // registers))
         if unit > 1 and columns > 1:
             columns += columns % 2  # bfloat16 packs two to a register
         # Interpreted, a CPU compiles them, which takes it seconds for what a TPU does in one.
