@@ -3,7 +3,7 @@
 A TPU tiles the two minor axes of an array, (8, 128) elements a register. XLA keeps the activations
 of a convolution with N and C there, so that H and W are merely indices: taps, strides and dilation
 cost nothing, and a transposition to the same axes around the kernel is a change of names, not a
-copy. For small batches W and C are the tiled ones (`_view`).
+copy. For small batches W and C are the tiled ones (`_views`).
 
 Forward and input_grad sum the taps of each phase of `taps.axes`, and filter_grad sums products with
 dy for each tap. The source is read in place, each row and column once for all results of a piece
@@ -467,9 +467,10 @@ class _Plan(NamedTuple):
         columns = _piece(_ceil(self.columns.tile, unit), max(1, most // registers))
         if unit > 1 and columns > 1:
             columns += columns % 2  # bfloat16 packs two to a register
-        # Interpreted, a CPU compiles them, which takes it seconds for what a TPU does in one.
-        taps = math.prod(self.spec.kernel_spatial[self.loops :])
+        r, s = self.spec.kernel_spatial
+        taps = s if self.loops else r * s
         most = min(_REGISTERS, _PRODUCTS // taps) // (columns * registers)
+        # Interpreted, a CPU compiles them, which takes it seconds for what a TPU does in one.
         return _piece(self.rows.tile, 2 if interpreted() else max(1, most)), columns * unit
 
     @property

@@ -12,7 +12,7 @@ that it likes.
 
 --check also compiles a matrix of diverse specs and a network of three layers, and fails unless the
 limits that this package states hold. The exit status is 1 if a limit or a compilation fails, and 2
-if the command line can't run. libtpu has to be installed; it may abort, so that every row has a
+if the command line can't run. libtpu has to be installed; it may abort, so that every layer has a
 process of its own.
 """
 
