@@ -1,8 +1,10 @@
 import importlib.util
 import os
 
+# Eight devices; and programs that a thread each compiles, as there is a process for each core.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_cpu_parallel_codegen_split_count=1"
 )
 # Else TensorFlow's results depend on the machine; and it must be set before it is imported.
 os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"

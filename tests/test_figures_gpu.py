@@ -111,7 +111,7 @@ def test_sass():
 
 def test_count():
     [kernel] = ptx.parse(PTX)
-    traffic = gpu._Traffic(2)
+    traffic = gpu._Traffic(2, threads=64)
     executed = ptx.run(kernel, (3, 1, 1), traffic.addresses, traffic) / 6
     assert executed.tolist() == [1] * 8 + [4] * 9 + [1] * 2
     counts = sass.count(sass.parse(SASS)["k"], kernel, executed)
@@ -142,7 +142,7 @@ def test_count_without_the_loop():
 )
 def test_traffic(stride, width, wavefronts, sectors):
     """Of a warp, and of another one that only has one thread left."""
-    traffic = gpu._Traffic(1)
+    traffic = gpu._Traffic(1, threads=64)
     thread = np.arange(64)
     addresses, active = traffic.addresses[0] + stride * (thread % 32), thread < 33
     dtype = np.dtype(np.uint16 if width == 2 else np.uint32)
@@ -154,6 +154,17 @@ def test_traffic(stride, width, wavefronts, sectors):
     traffic.store(addresses, active, [np.zeros(64, dtype)] * (width // dtype.itemsize))
     assert traffic.stored == 32 * sectors
     assert traffic.wavefronts == 3 * (wavefronts + 1)
+
+
+def test_traffic_of_blocks():
+    """Each loads what it needs, whatever others load, and stores it."""
+    traffic = gpu._Traffic(1, threads=32)
+    addresses, active = traffic.addresses[0] + 4 * (np.arange(64) % 32), np.full(64, True)
+    for _ in range(2):
+        traffic.load(addresses, active, 1, np.dtype(np.uint32))
+    assert traffic.loaded() == 2 * 128
+    traffic.store(addresses, active, [np.zeros(64, np.uint32)])
+    assert traffic.stored == 2 * 128
 
 
 def test_kernel_cost(assembled):
@@ -240,7 +251,6 @@ ROW = {
     "warps": 16,
     "kernels": 1,
     "compile_seconds": 1.5,
-    "xla_taps": None,
 }
 
 
@@ -249,10 +259,11 @@ def measured(monkeypatch, tmp_path):
     """What is measured of a case: `ROW` with these changes, or this failure."""
     results = {}
 
-    def measure(case, op, targets):
+    def measure(case, op, targets, xla_taps):
         found = results.get(case.name, {})
         if isinstance(found, str):
             return found
+        found = {"xla_taps": 2.5 if xla_taps else None} | found
         return [ROW | {"case": case.name, "op": op, "target": t} | found for t in targets]
 
     monkeypatch.chdir(tmp_path)
@@ -275,6 +286,13 @@ def test_table(measured, capsys):
     found = json.loads(Path("cost.json").read_text())
     assert found["meta"]["versions"]["ptxas"] == "13.0"
     assert {row["target"] for row in found["rows"]} == {"sm_80", "sm_90a"}
+
+
+def test_table_beside_xla_taps(measured, capsys):
+    arguments = ("--filter=k3 s1 float32", "--ops=forward", "--targets=sm_90a")
+    for flag, cell in ((), "2.50"), (("--noxla_taps",), "-"):
+        assert run(*arguments, *flag) == 0
+        assert capsys.readouterr().out.splitlines()[-1].endswith(f"| 1.5 | {cell} |")
 
 
 @pytest.mark.parametrize(
@@ -312,7 +330,7 @@ def test_process_that_fails():
     """The case is none of those that the process knows."""
     case = gpu.CASES[0]
     unknown = gpu.Case(dataclasses.replace(case.layer, name="unknown"), case.dtype)
-    result = gpu._isolated(unknown, "forward", ["sm_90a"])
+    result = gpu._isolated(unknown, "forward", ["sm_90a"], xla_taps=True)
     assert isinstance(result, str)
     assert result.startswith("exit status 1: ")
 

@@ -22,8 +22,8 @@ there are columns for what decides on that, registers and the warps that fit on 
 Rates are those that NVIDIA publishes, at the clock of a GPU under load; that of L2 is assumed.
 
 xla_taps is in the table for comparison where its filters are small enough to compile in seconds,
-and "fails" where XLA can't compile it. XLA's own convolution is not: it calls cuDNN, and that can't
-compile anything without a GPU.
+and "fails" where XLA can't compile it; --noxla_taps leaves it out. XLA's own convolution is not: it
+calls cuDNN, and that can't compile anything without a GPU.
 
 The exit status is 1 if a case fails or, with --check, is beyond what is accepted of an H100, and 2
 if the command line can't run.
@@ -116,10 +116,11 @@ CASES = (
 
 
 class _Traffic(ptx.Memory):
-    """Counts accesses, of which none moves any data."""
+    """Counts the accesses of blocks of so many threads, of which none moves any data."""
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, threads: int):
         super().__init__([], [])
+        self._threads = threads
         self.addresses = [(i + 1) * self._SPACING for i in range(count)]
         self.wavefronts = 0
         self.stored = 0  # bytes, in sectors
@@ -139,15 +140,17 @@ class _Traffic(ptx.Memory):
         return _SECTOR * np.unique(np.concatenate([np.empty(0, np.int64), *self._loaded])).size
 
     def _access(self, addresses, active, width: int) -> np.ndarray:
-        """Adds up the wavefronts, and returns the sectors."""
+        """Adds up the wavefronts, and returns the sectors, each block's as others."""
         # A warp's threads are served by as many at a time as access 128 bytes together.
         lines = np.where(active, addresses // _LINE, -1).reshape(-1, min(32, _LINE // width))
         lines = np.sort(lines, 1)
         starts = np.diff(lines, axis=1, prepend=-1) != 0
         self.wavefronts += int(np.count_nonzero(starts))
-        return addresses[active] // _SECTOR
+        block = np.arange(addresses.size) // self._threads
+        return (addresses // _SECTOR + block * _SECTORS)[active]
 
 
+_SECTORS = 1 << 48  # more than the addresses of all arrays have
 _LINE, _SECTOR = 128, 32
 
 
@@ -182,18 +185,14 @@ def _cost(program: cuda.Program, target: cuda.Target, moved: int) -> _Row:
 def _kernel_cost(launch: cuda.Launch, target: cuda.Target) -> _Row:
     kernel, blocks = launch.kernel, math.prod(launch.grid)
     sample = np.unique(np.linspace(0, blocks - 1, _SAMPLE + 2).astype(int)[1:-1])
-    executed = np.zeros(len(kernel.instructions))
-    wavefronts = bytes_ = 0
-    for block in sample:
-        traffic = _Traffic(len(kernel.parameters))
-        counts = ptx.run(
-            kernel, launch.grid, traffic.addresses, traffic, launch.shared_bytes, [block]
-        )
-        executed += counts
-        wavefronts += traffic.wavefronts + _shared_wavefronts(kernel, counts)
-        bytes_ += traffic.loaded() + traffic.stored
+    traffic = _Traffic(len(kernel.parameters), kernel.threads)
+    counts = ptx.run(
+        kernel, launch.grid, traffic.addresses, traffic, launch.shared_bytes, sample.tolist()
+    )
+    wavefronts = traffic.wavefronts + _shared_wavefronts(kernel, counts)
+    bytes_ = traffic.loaded() + traffic.stored
     warps = blocks * kernel.threads / 32
-    executed /= len(sample) * kernel.threads / 32
+    executed = counts / (len(sample) * kernel.threads / 32)
     listing, report = cuda.assemble(launch.module, target.arch)
     per_warp = sass.count(sass.parse(listing)[kernel.name], kernel, executed)
     registers, spilled = sass.registers_and_spills(report, kernel.name)
@@ -237,7 +236,7 @@ def _resident_warps(threads: int, registers: int, shared: int, target: cuda.Targ
 # ---- A case, in a process of its own.
 
 
-def _measure(case: Case, op: Op, targets: Sequence[str]) -> list[_Row]:
+def _measure(case: Case, op: Op, targets: Sequence[str], xla_taps: bool) -> list[_Row]:
     spec = case.spec
     dtype = jnp.dtype(case.dtype)
     channels, multiplier = spec.channels, spec.multiplier
@@ -260,7 +259,7 @@ def _measure(case: Case, op: Op, targets: Sequence[str]) -> list[_Row]:
             **_cost(program, target, moved),
         }
         row["instructions_per_output"] = row.pop("instructions") / outputs
-        row["xla_taps"] = _peer(op, spec, operands, target, moved)
+        row["xla_taps"] = _peer(op, spec, operands, target, moved) if xla_taps else None
         rows.append(row)
     return rows
 
@@ -281,16 +280,16 @@ def _function(implementation: str, op: Op, spec: ConvSpec) -> Callable[..., jax.
     return functools.partial(getattr(module, op), spec)
 
 
-def _child(name: str, op: Op, *targets: str) -> None:
+def _child(name: str, *arguments: Any) -> None:
     [case] = (case for case in CASES if case.name == name)
-    print(json.dumps(_measure(case, op, targets)))
+    print(json.dumps(_measure(case, *arguments)))
 
 
-def _isolated(case: Case, op: Op, targets: Sequence[str]) -> list[_Row] | str:
+def _isolated(case: Case, op: Op, targets: Sequence[str], xla_taps: bool) -> list[_Row] | str:
     """Measures in a process of its own, which a compiler may abort, or says what went wrong."""
-    code = "import sys; from figures import gpu; gpu._child(*sys.argv[1:])"
+    code = f"from figures import gpu; gpu._child(*{(case.name, op, list(targets), xla_taps)!r})"
     done = subprocess.run(
-        [sys.executable, "-c", code, case.name, op, *targets],
+        [sys.executable, "-c", code],
         # Where there is a GPU, it is not asked.
         env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
@@ -369,6 +368,7 @@ def _flag_values() -> flags.FlagValues:
     names("ops", ",".join(OPERANDS), "Out of these.")
     names("targets", ",".join(cuda.TARGETS), "Out of these: an A100, an H100 and a B200.")
     text("json", None, "A file for all figures.")
+    flags.DEFINE_bool("xla_taps", True, "Compile it too, for comparison.", **options)
     flags.DEFINE_bool("check", False, f"Fail if {_CHECKED} is beyond what is accepted.", **options)
     flags.DEFINE_bool("help", False, "Show this.", short_name="h", **options)
     return values
@@ -384,12 +384,12 @@ def _run(values: flags.FlagValues) -> int:
     if reason := cuda.missing():
         raise flags.Error(reason)
 
-    jobs = [(case, op) for case in cases for op in ops]
+    jobs = [(case, op, targets, values.xla_taps) for case in cases for op in ops]
     rows: list[_Row] = []
     failures = []
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(lambda job: _isolated(job[0], job[1], targets), jobs)
-        for i, ((case, op), result) in enumerate(zip(jobs, results, strict=True), 1):
+        results = pool.map(lambda job: _isolated(*job), jobs)
+        for i, ((case, op, *_), result) in enumerate(zip(jobs, results, strict=True), 1):
             print(f"{i}/{len(jobs)} {op}, {case.name}", file=sys.stderr)
             if isinstance(result, str):
                 failures.append(f"{op}, {case.name}: {result}")
