@@ -11,6 +11,7 @@ os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 import jax
+import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -25,3 +26,12 @@ for _compiler, _test in (
 ):
     if importlib.util.find_spec(_compiler) is None:
         collect_ignore.append(_test)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """A CPU interprets Pallas kernels: large programs, which take longer to compile than to run."""
+    monkeypatch.setenv("JAX_DWBP_INTERPRET", "1")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -259,12 +259,13 @@ def measured(monkeypatch, tmp_path):
     """What is measured of a case: `ROW` with these changes, or this failure."""
     results = {}
 
-    def measure(case, op, targets, xla_taps):
+    def measure(case, op, targets, costed, xla_taps):
         found = results.get(case.name, {})
         if isinstance(found, str):
             return found
         found = {"xla_taps": 2.5 if xla_taps else None} | found
-        return [ROW | {"case": case.name, "op": op, "target": t} | found for t in targets]
+        assert set(costed) <= set(targets)
+        return [ROW | {"case": case.name, "op": op, "target": t} | found for t in costed]
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gpu, "_isolated", measure)
@@ -279,7 +280,7 @@ def run(*arguments):
 
 def test_table(measured, capsys):
     arguments = ("--filter=k[35] s1 float32", "--ops=forward", "--targets=sm_80,sm_90a")
-    assert run(*arguments, "--json=cost.json", "--check") == 0
+    assert run(*arguments, "--json=cost.json") == 0
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 2 + 2 * err.count("\n")
     assert "| 56x56x144 k5 s1 float32 | forward | sm_80 | 1.10 | l1 | 14.2 | 128 | 0 | 16 |" in out
@@ -312,9 +313,19 @@ def test_check(measured, capsys, change, message):
     assert f"figures gpu: forward, {name}: {message}" in capsys.readouterr().err
 
 
-def test_check_of_another_target(measured):
-    measured["56x56x144 k5 s1 float32"] = {"target": "sm_80", "figure": 9.0}
+def test_check_only_compiles_for_other_targets(measured, capsys):
     assert run("--check") == 0
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 3 * len(gpu.CASES) and all("| sm_90a |" in row for row in rows)
+
+
+def test_measure_only_compiles_for_other_targets(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(cuda, "compile_program", lambda f, shapes, target: compiled.append(target))
+    monkeypatch.setattr(gpu, "_cost", lambda *_: {"instructions": 1.0})
+    rows = gpu._measure(gpu.CASES[0], "forward", ["sm_80", "sm_90a"], ["sm_90a"], xla_taps=False)
+    assert [target.arch for target in compiled] == ["sm_80", "sm_90a"]
+    assert [row["target"] for row in rows] == ["sm_90a"]
 
 
 def test_failing_case(measured, capsys):
@@ -330,7 +341,7 @@ def test_process_that_fails():
     """The case is none of those that the process knows."""
     case = gpu.CASES[0]
     unknown = gpu.Case(dataclasses.replace(case.layer, name="unknown"), case.dtype)
-    result = gpu._isolated(unknown, "forward", ["sm_90a"], xla_taps=True)
+    result = gpu._isolated(unknown, "forward", ["sm_90a"], ["sm_90a"], True)
     assert isinstance(result, str)
     assert result.startswith("exit status 1: ")
 
@@ -371,4 +382,4 @@ def test_missing_wheels(measured, monkeypatch, capsys):
 def test_help(capsys):
     assert run("--help") == 0
     assert "x-times" not in (out := capsys.readouterr().out)
-    assert "--[no]check: Fail if sm_90a is beyond what is accepted." in out
+    assert "--[no]check: Fail if sm_90a is beyond what is accepted. Only compile for" in out

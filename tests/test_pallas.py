@@ -18,11 +18,7 @@ LARGE = [case for case in XLA[4:9] if case.filter[0] != 6]
 CALLS = {"pallas_tpu": ("tpu", "tpu_custom_call"), "pallas_gpu": ("cuda", "triton")}
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 every_op = pytest.mark.parametrize("op", OPS)
-
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    monkeypatch.setenv("JAX_DWBP_INTERPRET", "1")
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 @pytest.mark.parametrize("case", (*SMALL, *LARGE), ids=str)

@@ -21,12 +21,8 @@ from jax_dwbp._impl.taps import Axis, Tap, axes
 from jax_dwbp._spec import canonicalize
 
 every_op = pytest.mark.parametrize("op", OPS)
+pytestmark = pytest.mark.usefixtures("interpreted")
 CASE = Case("pallas_gpu", (2, 5, 6, 3), (3, 2, 3, 2), (2, 1))
-
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    monkeypatch.setenv("JAX_DWBP_INTERPRET", "1")
 
 
 def spec_of(case):

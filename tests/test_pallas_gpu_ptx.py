@@ -53,15 +53,16 @@ RUNS = (
 )
 
 
-@pytest.mark.parametrize(("name", "dtype", "target", "problems"), RUNS)
-def test_values(name, dtype, target, problems):
-    _run("values", name, dtype, target, str(problems))
-
-
+# The longest, so they come first.
 @pytest.mark.parametrize("name", LARGE)
 def test_large(name):
     """Arrays just below the size where indices overflow, without any data."""
     _run("large", name, "bfloat16", "sm_90a", "1")
+
+
+@pytest.mark.parametrize(("name", "dtype", "target", "problems"), RUNS)
+def test_values(name, dtype, target, problems):
+    _run("values", name, dtype, target, str(problems))
 
 
 def _run(*arguments):

@@ -17,8 +17,7 @@ every_op = pytest.mark.parametrize("op", OPS)
 
 
 @pytest.fixture(autouse=True)
-def interpret(monkeypatch):
-    monkeypatch.setenv("JAX_DWBP_INTERPRET", "1")
+def plan_anew(interpreted):
     pallas_tpu._plan.cache_clear()
     yield
     pallas_tpu._plan.cache_clear()
