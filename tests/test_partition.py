@@ -23,6 +23,7 @@ every_implementation = pytest.mark.parametrize("implementation", [None, *IMPLEME
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
+    """With XLA's optimizations, unlike elsewhere: what it makes of a program is tested here."""
     monkeypatch.setenv("JAX_DWBP_INTERPRET", "1")
 
 

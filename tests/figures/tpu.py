@@ -488,7 +488,14 @@ def _run(values: flags.FlagValues) -> int:
     if importlib.util.find_spec("libtpu") is None:
         raise flags.Error("libtpu, which compiles for TPUs, is not installed")
 
-    def tasks(kind, layers: Sequence[Layer], names: Sequence[str], dtypes, ops, chips=values.chips):
+    def tasks(
+        kind: str,
+        layers: Sequence[Layer],
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        ops: Sequence[str],
+        chips: Sequence[str] = values.chips,
+    ):
         return [
             {
                 "kind": kind,
