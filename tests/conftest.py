@@ -10,6 +10,7 @@ os.environ["XLA_FLAGS"] = (
 os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
+import covering
 import jax
 import pytest
 
@@ -26,6 +27,16 @@ for _compiler, _test in (
 ):
     if importlib.util.find_spec(_compiler) is None:
         collect_ignore.append(_test)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--whole", action="store_true", help="run whole products of parameters, not samples"
+    )
+
+
+def pytest_configure(config):
+    covering.whole = config.getoption("--whole")
 
 
 @pytest.fixture
