@@ -14,20 +14,26 @@ whole = False  # conftest.py sets it
 
 
 def covering(*, apart: Iterable[tuple[str, str]] = (), **axes: Sequence[Any]):
-    """`parametrize` with rows of `axes`, in which each pair of values of two axes occurs together.
+    """`parametrize` by a sample of `axes`."""
+    rows = sample(apart=apart, **axes)
+    return pytest.mark.parametrize(tuple(axes), rows, ids=lambda value: str(value))
+
+
+def sample(*, apart: Iterable[tuple[str, str]] = (), **axes: Sequence[Any]) -> list[tuple]:
+    """Rows of `axes`, in which each pair of values of two axes occurs together.
 
     Pairs of the axes in `apart` need not, though each value of either occurs.
     """
     rows = list(itertools.product(*axes.values()))
-    if not whole:
-        ignored = {frozenset(pair) for pair in apart}
-        of = [
-            pair
-            for pair in itertools.combinations(range(len(axes)), 2)
-            if frozenset(list(axes)[i] for i in pair) not in ignored
-        ]
-        rows = _sample(rows, [(i,) for i in range(len(axes))] + of)
-    return pytest.mark.parametrize(tuple(axes), rows, ids=lambda value: str(value))
+    if whole:
+        return rows
+    ignored = {frozenset(pair) for pair in apart}
+    groups = [(i,) for i in range(len(axes))] + [
+        (i, j)
+        for (i, a), (j, b) in itertools.combinations(enumerate(axes), 2)
+        if frozenset((a, b)) not in ignored
+    ]
+    return _sample(rows, groups)
 
 
 def _sample(rows: list[tuple[Any, ...]], groups: list[tuple[int, ...]]) -> list[tuple[Any, ...]]:

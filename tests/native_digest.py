@@ -1,15 +1,19 @@
-"""Checks native_cpu on all small cases and on a few that are worth several threads.
+"""Checks native_cpu on a few cases that are worth several threads and, asked to, on all small ones.
 
-Prints the instruction set's name and a digest of the results. A program of its own, since both the
-instruction set and the number of threads are settled when a process starts.
+  python native_digest.py [small]
+
+Prints a digest of the results of the former. A program of its own, since both the instruction set
+and the number of threads are settled when a process starts.
 """
 
 import dataclasses
 import hashlib
+import sys
 
 import jax
 import numpy as np
 from cases import DTYPES, OPS, SMALL, Case
+from covering import sample
 
 LARGER = (
     Case("rows", (2, 29, 28, 51), (3, 3, 51, 1)),
@@ -27,30 +31,35 @@ def with_channels(case, channels):
     return dataclasses.replace(case, input=(n, h, w, channels), filter=(r, s, channels, m))
 
 
+def run(case, dtype, data_format):
+    """The results of all ops, which are checked."""
+    operands = {op: case.operands(op, dtype) for op in OPS}
+
+    @jax.jit
+    def program(operands):
+        options = {"data_format": data_format, "implementation": "native_cpu"}
+        return {op: case.run(op, a, b, **options) for op, (a, b) in operands.items()}
+
+    results = program(operands)
+    for op, got in results.items():
+        case.check(op, got, case.expected(op, *operands[op]), dtype)
+    return results
+
+
 def main():
     jax.config.update("jax_enable_x64", True)
-    digest = hashlib.sha256()
-    for case, dtypes in (
-        *((case, DTYPES) for case in SMALL),
+    layouts = ("NHWC", "NCHW")
+    if sys.argv[1:] == ["small"]:
         # Channels that fill vectors, one and several, and some that are left over.
-        *((with_channels(case, 16), ["float32"]) for case in SMALL),
-        *((with_channels(case, 35), ["float32", "float64"]) for case in SMALL),
-        *((case, ["float32"]) for case in LARGER),
-    ):
-        for dtype in dtypes:
-            operands = {op: case.operands(op, dtype) for op in OPS}
-            run = jax.jit(
-                lambda operands, case=case: {
-                    (op, data_format): case.run(
-                        op, a, b, data_format=data_format, implementation="native_cpu"
-                    )
-                    for op, (a, b) in operands.items()
-                    for data_format in ("NHWC", "NCHW")
-                }
-            )
-            for (op, _), got in run(operands).items():
-                case.check(op, got, case.expected(op, *operands[op]), dtype)
-                digest.update(np.asarray(got).tobytes())
+        for case, channels, dtype, data_format in sample(
+            case=SMALL, channels=(None, 16, 35), dtype=DTYPES, data_format=layouts
+        ):
+            run(with_channels(case, channels) if channels else case, dtype, data_format)
+    digest = hashlib.sha256()
+    for case in LARGER:
+        for data_format in layouts:
+            for result in run(case, "float32", data_format).values():
+                digest.update(np.asarray(result).tobytes())
     print(digest.hexdigest())
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import OPS, SMALL
+from covering import covering
 from jax import export
 
 CASE = SMALL[3]
@@ -37,9 +38,7 @@ def test_exported_function_has_gradients(op):
     np.testing.assert_allclose(got, jax.grad(lambda a: jnp.sum(run(a, b) ** 2))(a), atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
-@every_op
+@covering(op=OPS, data_format=["NHWC", "NCHW"], dtype=["float32", "float64"])
 def test_symbolic_batch(op, data_format, dtype):
     """One artifact for every batch size; `input_sizes` takes its batch from out_backprop's."""
     a, b = CASE.operands(op, dtype)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from cases import (
     DETERMINISM,
+    DTYPES,
     FRAMEWORKS,
     IMPLEMENTATIONS,
     OPS,
@@ -24,13 +25,13 @@ from cases import (
     layout_shape,
     to_layout,
 )
+from covering import covering
 
 import jax_dwbp
 
 tf = pytest.importorskip("tensorflow", reason="TensorFlow is what these tests compare with")
 
 over_ops = pytest.mark.parametrize("op", OPS)
-over_dtypes = pytest.mark.parametrize("dtype", ("float32", "float64"))
 
 
 def tensorflow_op(case, op, a, b, data_format: Any = "NHWC"):
@@ -77,31 +78,20 @@ def compare(case, op, dtype, data_format="NHWC", **options):
     return check(case, op, got, tensorflow_op(case, op, a, b, data_format), dtype)
 
 
-@over_ops
-@over_dtypes
-@pytest.mark.parametrize("case", (*SMALL, *TENSORFLOW, *XLA, *FRAMEWORKS), ids=str)
-def test_values(case, dtype, op):
-    compare(case, op, dtype)
+@covering(
+    case=SMALL, op=OPS, dtype=DTYPES, data_format=("NHWC", "NCHW"), implementation=IMPLEMENTATIONS
+)
+def test_small(case, op, dtype, data_format, implementation):
+    compare(case, op, dtype, data_format, implementation=implementation)
 
 
-@over_ops
-@over_dtypes
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", SMALL, ids=str)
-def test_implementations(case, implementation, dtype, op):
-    compare(case, op, dtype, implementation=implementation)
-
-
-@over_ops
-@pytest.mark.parametrize("case", SMALL, ids=str)
-def test_nchw(case, op):
-    compare(case, op, "float32", "NCHW")
-
-
-@over_ops
-@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
-@pytest.mark.parametrize("case", SMALL, ids=str)
-def test_half(case, dtype, op):
+@covering(
+    apart=[("case", "dtype")],
+    case=(*TENSORFLOW, *XLA, *FRAMEWORKS),
+    op=OPS,
+    dtype=("float32", "float64"),
+)
+def test_of_other_projects(case, op, dtype):
     compare(case, op, dtype)
 
 

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from cases import DTYPES, EMPTY, FRAMEWORKS, IMPLEMENTATIONS, LAYERS, OPS, SMALL, TENSORFLOW, XLA
+from covering import covering
 
 import jax_dwbp
 
@@ -11,37 +12,26 @@ every_op = pytest.mark.parametrize("op", OPS)
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
-@every_implementation
-@pytest.mark.parametrize("dtype", DTYPES)
-@every_op
-def test_small(case, op, dtype, implementation):
+@covering(
+    case=SMALL, op=OPS, dtype=DTYPES, data_format=("NHWC", "NCHW"), implementation=IMPLEMENTATIONS
+)
+def test_small(case, op, dtype, data_format, implementation):
     a, b = case.operands(op, dtype)
-    got = case.run(op, a, b, implementation=implementation)
+    got = case.run(op, a, b, data_format, implementation=implementation)
     case.check(op, got, case.expected(op, a, b), dtype)
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
-@every_implementation
-@every_op
-def test_channels_first(case, op, implementation):
-    a, b = case.operands(op)
-    got = case.run(op, a, b, data_format="NCHW", implementation=implementation)
-    case.check(op, got, case.expected(op, a, b), "float32")
-
-
 @pytest.mark.parametrize("case", TENSORFLOW + XLA + FRAMEWORKS, ids=str)
-@every_op
-def test_of_other_projects(case, op):
-    a, b = case.operands(op)
-    case.check(op, case.run(op, a, b), case.expected(op, a, b), "float32")
+def test_of_other_projects(case):
+    operands = {op: case.operands(op) for op in OPS}
+    results = jax.jit(lambda operands: {op: case.run(op, *operands[op]) for op in OPS})(operands)
+    for op, got in results.items():
+        case.check(op, got, case.expected(op, *operands[op]), "float32")
 
 
 # Without lax, which adds up the filter gradient in one chain: of thousands of them, the worst errs
 # by more than the tolerance has for a chain.
-@pytest.mark.parametrize("case", LAYERS, ids=str)
-@every_op
-@pytest.mark.parametrize("implementation", [i for i in IMPLEMENTATIONS if i != "lax"])
+@covering(case=LAYERS, op=OPS, implementation=[i for i in IMPLEMENTATIONS if i != "lax"])
 def test_layers(case, op, implementation):
     a, b = case.operands(op)
     got = case.run(op, a, b, implementation=implementation)
