@@ -1,0 +1,20 @@
+"""What pytest is given for the faults: the files of tests that ought to see them."""
+
+ERRORS = "tests/test_errors.py"
+IMPLEMENTATIONS = "tests/test_implementations.py"
+DERIVATIVES = "tests/test_derivatives.py"
+BATCHING = "tests/test_batching.py"
+TRANSFORMATIONS = "tests/test_transformations.py"
+STAND_IN = "tests/test_conv_general_dilated.py"
+IN_PLACE = "tests/test_models.py -k in_place_of_lax"
+EXPLICIT = 'tests/test_sharding.py -k "explicit or stand_in"'
+MAIN = "tests/test_main.py"
+BENCH = "tests/test_bench.py"
+
+
+def values(implementation: str, op: str) -> str:
+    return f'tests/test_values.py -k "{implementation} and {op}"'
+
+
+def partition(op: str) -> str:
+    return f"tests/test_partition.py -k {op}"

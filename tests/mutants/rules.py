@@ -1,0 +1,133 @@
+"""Faults of the rules, of the partition among devices and of the choice."""
+
+from mutants.arguments import (
+    BATCHING,
+    DERIVATIVES,
+    ERRORS,
+    EXPLICIT,
+    IMPLEMENTATIONS,
+    TRANSFORMATIONS,
+    partition,
+    values,
+)
+from mutants.fault import Operator, faults
+
+FAULTS = [
+    *faults(
+        "_rules.py",
+        (
+            "frozenset().union(*varying)",
+            "frozenset.intersection(*varying)",
+            "tests/test_sharding.py -k filter_grad",
+        ),
+        ("PRECISIONS.get(str(default).lower())", "None", TRANSFORMATIONS),
+        ("_cotangent(u, *residuals, index=1", "_cotangent(u, *residuals, index=0", DERIVATIVES),
+        ("functools.partial(_cotangent, index=1)", Operator("NumberReplacer", 1), DERIVATIVES),
+        ("axis = 1  # inner", Operator("NumberReplacer", 1), BATCHING),
+        ("dims[0] is None", Operator("Is_IsNot"), BATCHING),
+        ('("f", None, 4) in zip', Operator("NumberReplacer"), BATCHING),
+        ("if not sharding.spec[0]", "if True", "tests/test_sharding.py -k vmap"),
+        (
+            "*spec[: axis + 1], None, *spec[axis + 1 :]",
+            "*spec[:axis], None, *spec[axis:]",
+            "tests/test_sharding.py -k vmap",
+        ),
+        ("b.shape), weak_type=False", Operator("ReplaceFalseWithTrue"), TRANSFORMATIONS),
+        ("jax.disable_jit(False)", Operator("ReplaceFalseWithTrue"), TRANSFORMATIONS),
+        ("jax.debug_nans(False)", Operator("ReplaceFalseWithTrue"), ERRORS),
+        (
+            "axes.manual_axes != frozenset",
+            Operator("NotEq_Eq"),
+            "tests/test_native_cpu.py -k shard",
+        ),
+        ('"num_devices", 1) != 1', Operator("NotEq_Eq"), partition("forward")),
+        (
+            "partitioned and not exported and not empty",
+            "partitioned and not exported",
+            partition("forward"),
+        ),
+        ("dtype.itemsize == 8", Operator("NumberReplacer"), TRANSFORMATIONS),
+        ("meshes[0].size != axes.num_devices", Operator("NotEq_Eq"), partition("forward")),
+        ("for inner in jaxprs_in_params", Operator("ZeroIterationForLoop"), IMPLEMENTATIONS),
+        ("u, other = (_join(u), _join(other))", "u = _join(u)", BATCHING),
+        ("if _explicitly_sharded(a, b):", "if False:", EXPLICIT),
+    ),
+    *faults(
+        "_partition.py",
+        ("range(2, size + 1)", "range(2, size)", partition("forward")),
+        (
+            "all(len(primes) == 1 for primes in _primes(mesh).values())",
+            "True",
+            partition("forward"),
+        ),
+        ('if divisible and spec.channels > 1 else "k"', Operator("Gt_GtE"), partition("forward")),
+        ('"c" if spec.multiplier == 1 else lanes', "lanes", partition("forward")),
+        ("(out == 1 or not divisible)", "not divisible", partition("input_grad")),
+        ('f in "npq" and op', 'f in "np" and op', partition("filter_grad")),
+        ('for factor in "npq"', 'for factor in "np"', partition("filter_grad")),
+        ('factor == "c" and spec.channels % parts', "False", partition("forward")),
+        ("max(left, right) > owned", Operator("Gt_GtE"), partition("forward")),
+        ("if max(left, right) > owned", "if max(left, right) > 2 * owned", partition("forward")),
+        ("part * rows // stride * stride for", "part * rows for", partition("input_grad")),
+        ("part * rows * stride - low", Operator("Sub_Add"), partition("forward")),
+        ("[(right, left) for left, right in neighbours]", "neighbours", partition("forward")),
+        (
+            ".transpose([ordered.index(name) for name in mesh_axes]).ravel()",
+            ".ravel()",
+            partition("forward"),
+        ),
+        (
+            "summed and dtype.itemsize < 4",
+            "summed and dtype.itemsize < 2",
+            partition("filter_grad"),
+        ),
+        ("[*have] != [*needed]", "not have", EXPLICIT),
+        (" or used & set(mesh_axes)", "", partition("filter_grad")),
+        ("if size % parts or out % parts", "if size % parts", partition("input_grad")),
+        ('{"p": "h", "q": "w"}', '{"p": "w", "q": "h"}', partition("input_grad")),
+    ),
+    *faults(
+        "_dispatch.py",
+        (
+            '_ON_CPU = ("native_cpu", "xla_taps"',
+            '_ON_CPU = ("xla_taps", "native_cpu"',
+            IMPLEMENTATIONS,
+        ),
+        (
+            "        *(_KERNELS if program.partitioned else ()),\n",
+            "",
+            "tests/test_sharding.py -k shardy",
+        ),
+        (
+            '_UNSTABLE = {"native_cpu", "pallas_gpu"}',
+            '_UNSTABLE = {"native_cpu"}',
+            "tests/test_export.py",
+        ),
+        ("names.insert(0, name)", Operator("NumberReplacer"), IMPLEMENTATIONS),
+        ("(None, home) and (home", "(home,) and (home", values("native_cpu", "forward")),
+        ('home == "cpu" or not interpreted()', 'home == "cpu"', IMPLEMENTATIONS),
+        (
+            "if 0 in (*shape, *a.shape, *b.shape)",
+            "if 0 in shape",
+            'tests/test_values.py -k "empty and lax"',
+        ),
+        (
+            "            if 4 in (a.ndim, b.ndim):\n                x",
+            "            if x.ndim == 4:\n                x",
+            f"{BATCHING} -k xla_taps",
+        ),
+        (
+            "lax.optimization_barrier(canonical(*lax.optimization_barrier((a, b))))",
+            "canonical(*lax.optimization_barrier((a, b)))",
+            TRANSFORMATIONS,
+        ),
+        ("(0, 12) and not explicit", "(0, 12)", EXPLICIT),
+        ('if home != "cpu" and unknown', "if unknown", "tests/test_export.py"),
+        (
+            "reasons[name] is None:\n            return name",
+            "True:\n            return name",
+            IMPLEMENTATIONS,
+        ),
+        ("spec.implementation or names", "names", IMPLEMENTATIONS),
+    ),
+]
