@@ -17,4 +17,10 @@ def values(implementation: str, op: str) -> str:
 
 
 def partition(op: str) -> str:
-    return f"tests/test_partition.py -k {op}"
+    return f'tests/test_partition.py -k "{op}"'
+
+
+def rows(op: str) -> str:
+    """What divides rows, of all that `partition` runs."""
+    cases = ("causal", "strided", "three_to_one", "crop", "alike", "parts_of", "beyond")
+    return f'tests/test_partition.py -k "{op} and ({" or ".join(cases)})"'

@@ -48,7 +48,7 @@ FAULTS = [
     ),
     *faults(
         "_api.py",
-        ("leaf.ndim != 1", Operator("NotEq_Gt"), IMPLEMENTATIONS),
+        ("leaf.ndim != 1", Operator("NotEq_Eq"), IMPLEMENTATIONS),
         ("else jnp.asarray(x.copy())", "else jnp.asarray(x)", ERRORS),
         ("not isinstance(operand, Tracer) and operand.is_deleted()", "False", ERRORS),
         ("if jax.typeof(x).weak_type}", "if not jax.typeof(x).weak_type}", ERRORS),

@@ -48,17 +48,18 @@ _FAULTS = [
     *programs.FAULTS,
 ]
 _COPIED = ("jax_dwbp", "tests", "pyproject.toml", "README.md", ".github", "notebooks")
-_OUTCOMES = ("killed", "survived", "planted", "error")
+_OUTCOMES = ("killed", "survived", "passed", "error")
 
 
 class _Result(NamedTuple):
     fault: Fault
+    what: str  # was done
     outcome: str  # out of _OUTCOMES
     detail: str  # the test that failed, or what the error is
     seconds: float
 
     def __str__(self) -> str:
-        return f"{self.outcome:<9}{self.seconds:>5.0f}s  {self.fault.name}  {self.detail}"
+        return f"{self.outcome:<9}{self.seconds:>5.0f}s  {self.what}  {self.detail}"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -81,11 +82,9 @@ def _run(values: flags.FlagValues) -> int:
     every = _command_line.found(values.filter, "faults", _FAULTS)
     _command_line.check_output("json", values.json)
     if values.check:
-        # Of each set of tests one, planted to nothing.
         every = list({(f.tests, f.file in native.FILES): f for f in every}.values())
-        every = [fault._replace(new=fault.old) for fault in every]
     with tempfile.TemporaryDirectory() as directory:
-        run = functools.partial(_result, Path(directory), values.timeout, values.dry_run)
+        run = functools.partial(_result, values, Path(directory))
         if not values.dry_run and any(fault.file in native.FILES for fault in every):
             native.compile_all(_ROOT, Path(directory))
         results = []
@@ -94,10 +93,8 @@ def _run(values: flags.FlagValues) -> int:
                 results.append(task.result())
                 print(results[-1], flush=True)
     if values.json is not None:
-        rows = [r.fault._asdict() | r._asdict() | {"new": str(r.fault.new)} for r in results]
-        text = json.dumps(
-            [{k: v for k, v in row.items() if k != "fault"} for row in rows], indent=1
-        )
+        rows = [{**r._asdict(), "fault": r.fault._asdict()} for r in results]
+        text = json.dumps(rows, indent=1)
         _command_line.save("json", values.json, lambda file: file.write(text.encode()))
     return _report(results)
 
@@ -117,20 +114,24 @@ def _report(results: Sequence[_Result]) -> int:
     return 1 if counts["all"]["error"] or not all(f.equivalent for f in survivors) else 0
 
 
-def _result(directory: Path, timeout: int, dry_run: bool, fault: Fault) -> _Result:
+def _result(values: flags.FlagValues, directory: Path, fault: Fault) -> _Result:
     start = time.perf_counter()
     try:
-        mutated = planted((_ROOT / "jax_dwbp" / fault.file).read_text(), fault)
-        outcome, detail = "planted", ""
-        if not dry_run:
-            outcome, detail = _tested(directory, timeout, fault, mutated)
-    except (NotPlanted, subprocess.CalledProcessError, OSError, SyntaxError) as error:
+        source = (_ROOT / "jax_dwbp" / fault.file).read_text()
+        text = source if values.check else planted(source, fault)
+        outcome, detail = "passed", ""
+        if not values.dry_run:
+            outcome, detail = _tested(directory, values.timeout, fault, text)
+        if values.check:
+            outcome = "passed" if outcome == "survived" else "error"
+    except (NotPlanted, OSError, SyntaxError) as error:
         outcome, detail = "error", str(error)
-    return _Result(fault, outcome, detail, time.perf_counter() - start)
+    what = fault.tests if values.check else fault.name
+    return _Result(fault, what, outcome, detail, time.perf_counter() - start)
 
 
-def _tested(directory: Path, timeout: int, fault: Fault, mutated: str) -> tuple[str, str]:
-    """The outcome of the tests in a copy of the checkout that has the mutated file."""
+def _tested(directory: Path, timeout: int, fault: Fault, text: str) -> tuple[str, str]:
+    """The outcome of the tests in a copy of the checkout where the fault's file has this text."""
     with tempfile.TemporaryDirectory(dir=directory) as name:
         copy = Path(name)
         for entry in _COPIED:
@@ -139,15 +140,16 @@ def _tested(directory: Path, timeout: int, fault: Fault, mutated: str) -> tuple[
                 shutil.copytree(source, copy / entry, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(source, copy / entry)
-        (copy / "jax_dwbp" / fault.file).write_text(mutated)
+        (copy / "jax_dwbp" / fault.file).write_text(text)
         if fault.file in native.FILES:
             native.install(fault.file, copy, directory)
-        tests = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        path = os.pathsep.join(filter(None, [name, os.environ.get("PYTHONPATH")]))
         try:
             done = subprocess.run(
-                [*tests, *shlex.split(fault.tests)],
+                [*pytest, *shlex.split(fault.tests)],
                 cwd=copy,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join([name, *_python_path()])},
+                env=os.environ | {"PYTHONPATH": path},  # for the processes that tests start
                 capture_output=True,
                 text=True,
                 timeout=timeout,
@@ -160,7 +162,3 @@ def _tested(directory: Path, timeout: int, fault: Fault, mutated: str) -> tuple[
     failed = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
     outcome = {0: "survived", 1: "killed"}.get(done.returncode, "error")
     return outcome, (failed or lines or [""])[-1][:160]
-
-
-def _python_path() -> list[str]:
-    return [path for path in (os.environ.get("PYTHONPATH"),) if path]

@@ -8,6 +8,7 @@ from mutants.arguments import (
     IMPLEMENTATIONS,
     TRANSFORMATIONS,
     partition,
+    rows,
     values,
 )
 from mutants.fault import Operator, faults
@@ -44,7 +45,7 @@ FAULTS = [
         (
             "partitioned and not exported and not empty",
             "partitioned and not exported",
-            partition("forward"),
+            partition("forward and one"),
         ),
         ("dtype.itemsize == 8", Operator("NumberReplacer"), TRANSFORMATIONS),
         ("meshes[0].size != axes.num_devices", Operator("NotEq_Eq"), partition("forward")),
@@ -66,15 +67,15 @@ FAULTS = [
         ('f in "npq" and op', 'f in "np" and op', partition("filter_grad")),
         ('for factor in "npq"', 'for factor in "np"', partition("filter_grad")),
         ('factor == "c" and spec.channels % parts', "False", partition("forward")),
-        ("max(left, right) > owned", Operator("Gt_GtE"), partition("forward")),
-        ("if max(left, right) > owned", "if max(left, right) > 2 * owned", partition("forward")),
-        ("part * rows // stride * stride for", "part * rows for", partition("input_grad")),
-        ("part * rows * stride - low", Operator("Sub_Add"), partition("forward")),
-        ("[(right, left) for left, right in neighbours]", "neighbours", partition("forward")),
+        ("max(left, right) > owned", Operator("Gt_GtE"), rows("forward")),
+        ("if max(left, right) > owned", "if max(left, right) > 2 * owned", rows("forward")),
+        ("part * rows // stride * stride for", "part * rows for", rows("input_grad")),
+        ("part * rows * stride - low", Operator("Sub_Add"), rows("forward")),
+        ("[(right, left) for left, right in neighbours]", "neighbours", rows("forward")),
         (
             ".transpose([ordered.index(name) for name in mesh_axes]).ravel()",
             ".ravel()",
-            partition("forward"),
+            rows("forward"),
         ),
         (
             "summed and dtype.itemsize < 4",
@@ -83,7 +84,7 @@ FAULTS = [
         ),
         ("[*have] != [*needed]", "not have", EXPLICIT),
         (" or used & set(mesh_axes)", "", partition("filter_grad")),
-        ("if size % parts or out % parts", "if size % parts", partition("input_grad")),
+        ("if size % parts or out % parts", "if size % parts", rows("input_grad")),
         ('{"p": "h", "q": "w"}', '{"p": "w", "q": "h"}', partition("input_grad")),
     ),
     *faults(
@@ -96,7 +97,7 @@ FAULTS = [
         (
             "        *(_KERNELS if program.partitioned else ()),\n",
             "",
-            "tests/test_sharding.py -k shardy",
+            "tests/test_sharding.py -k 'shardy or gspmd'",
         ),
         (
             '_UNSTABLE = {"native_cpu", "pallas_gpu"}',
