@@ -9,7 +9,9 @@ STAND_IN = "tests/test_conv_general_dilated.py"
 IN_PLACE = "tests/test_models.py -k in_place_of_lax"
 EXPLICIT = 'tests/test_sharding.py -k "explicit or stand_in"'
 MAIN = "tests/test_main.py"
-BENCH = "tests/test_bench.py"
+BENCH = "tests/test_bench.py -k 'not peers and not program'"
+BENCH_ERRORS = "tests/test_bench.py -k 'error or memory or disk'"
+BENCH_PEERS = "tests/test_bench.py -k peers"
 
 
 def values(implementation: str, op: str) -> str:

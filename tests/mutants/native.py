@@ -75,12 +75,13 @@ FAULTS = [
         ("rows.Span() + kernels.rows,", "rows.Span() + 1,", LARGE),
         (
             "    ring.Clear(scratch);\n    const char* const in_image",
+            "    if (scratch.held.size() != ring.slots * rows.phases.size()) ring.Clear(scratch);\n"
             "    const char* const in_image",
             FORWARD,
         ),
         (
-            "held_image = image;\n              ring.Clear(scratch);",
-            "held_image = image;",
+            "if (image != held_image)",
+            "if (held_image < 0)",
             FILTER_GRAD,
         ),
         ("channels >= kernels.lanes &&", "channels > 0 &&", LARGE),

@@ -1,6 +1,6 @@
 """Faults of the command lines."""
 
-from mutants.arguments import BENCH, MAIN
+from mutants.arguments import BENCH, BENCH_ERRORS, BENCH_PEERS, MAIN
 from mutants.fault import Operator, faults
 
 FAULTS = [
@@ -30,12 +30,12 @@ FAULTS = [
     *faults(
         "_command_line.py",
         ("            os.remove(temporary)", "            pass", f"{MAIN} -k disk"),
-        ("not writable or os.path.isdir(path)", Operator("ReplaceOrWithAnd"), BENCH),
-        ("not names or not set(names)", Operator("ReplaceOrWithAnd"), BENCH),
-        ("list(dict.fromkeys(names))", "list(names)", BENCH),
-        ("RuntimeError, MemoryError) as", "RuntimeError) as", BENCH),
+        ("not writable or os.path.isdir(path)", Operator("ReplaceOrWithAnd"), BENCH_ERRORS),
+        ("not names or not set(names)", Operator("ReplaceOrWithAnd"), BENCH_ERRORS),
+        ("list(dict.fromkeys(names))", "list(names)", BENCH_ERRORS),
+        ("RuntimeError, MemoryError) as", "RuntimeError) as", BENCH_ERRORS),
         ("file=sys.stderr)\n        return 2", Operator("NumberReplacer", 1), MAIN),
-        ('os.path.dirname(path) or "."', "os.path.dirname(path)", BENCH),
+        ('os.path.dirname(path) or "."', "os.path.dirname(path)", BENCH_ERRORS),
         ('getattr(error, "strerror", None) or error', "error", MAIN),
     ),
     *faults(
@@ -54,7 +54,7 @@ FAULTS = [
         ),
         ("min(medians) / cells", "max(medians) / cells", BENCH),
         ("cells[ours]['median'] / rate", Operator("Div_Mul"), BENCH),
-        ("bits < 32", Operator("Lt_LtE"), BENCH),
+        ("bits < 32", Operator("Lt_LtE"), BENCH_PEERS),
         ('1 if figures["meta"]["mismatches"] else 0', "0", BENCH),
         ("problem.bytes // 2 //", "problem.bytes //", BENCH),
         ("if first[name] <= _SLOW * seconds", "if True", BENCH),
