@@ -47,6 +47,8 @@ def _run(*arguments: str) -> None:
 
 
 LARGE = "tests/test_fuzz.py -k large"
+SUMS = 'tests/test_fuzz.py tests/test_values.py -k "large or (native_cpu and forward)"'
+FINITE = 'tests/test_fuzz.py tests/test_values.py tests/test_errors.py -k "large or finite"'
 FORWARD, INPUT_GRAD, FILTER_GRAD = (
     f'tests/test_values.py -k "native_cpu and {op}"'
     for op in ("forward", "input_grad", "filter_grad")
@@ -86,7 +88,7 @@ FAULTS = [
         ),
         ("channels >= kernels.lanes &&", "channels > 0 &&", LARGE),
         ("&&\n         kernels.element_size * kernels.lanes == 64", "", LARGE),
-        (" && kernel <= kInPlaceTaps", "", f"{LARGE} tests/test_native_cpu.py"),
+        (" && kernel <= kInPlaceTaps", "", SUMS),
         (
             "out_row + rows.write_step < rows.write_size;",
             "out_row + rows.write_step <= rows.write_size;",
@@ -137,12 +139,12 @@ FAULTS = [
         (
             "(bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded",
             "rounded",
-            f"{LARGE} tests/test_errors.py",
+            FINITE,
         ),
-        ("(magnitude >= 0x7c00 ? 224u : 112u)", "112u", f"{LARGE} tests/test_errors.py"),
+        ("(magnitude >= 0x7c00 ? 224u : 112u)", "112u", FINITE),
         ("magnitude < 0x400 ? subnormal : normal", "normal", FORWARD),
         ("magnitude < (113u << 23) ? subnormal : normal", "normal", FORWARD),
-        ("143u << 23", "144u << 23", f"{LARGE} tests/test_errors.py"),
+        ("143u << 23", "144u << 23", FINITE),
         (
             "CopyFixed<From, To, 2>(from + i, to + i), i += 2",
             "CopyFixed<From, To, 2>(from + i, to + i), i += 1",
@@ -171,7 +173,7 @@ FAULTS = [
         (
             "taps[i].weight - taps[i - 1].weight == taps[1].weight - taps[0].weight",
             "true",
-            f"{LARGE} tests/test_native_cpu.py",
+            SUMS,
         ),
         ("if (conv.in.column_bytes != F::kStride * conv.in.line_bytes) return false;", "", LARGE),
         ("if (!adjacent || conv.tap_count", "if (conv.tap_count", LARGE),
