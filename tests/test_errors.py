@@ -1052,11 +1052,15 @@ def test_arrays_beyond_int64():
         operands = {"filter": ones((1, 1, c, 1)), "out_backprop": ones((n, 1, 1, c))}
         changes = {**operands, "input_sizes": sizes, "strides": (LARGEST, LARGEST)}
         refuses(ValueError, f"..`input_sizes{LIMIT}{sizes}", "input_grad", **changes)
-    sizes = (2**30, 2**30, 1, 4)
-    operands = {"input": ones((0, 5, 5, 1)), "out_backprop": ones((0, 5, 5, 4))}
+    sizes = (2**30, 2**30, 1, 1)
+    operands = {"input": ones((0, 5, 5, 1)), "out_backprop": ones((0, 5, 5, 1))}
     refuses(
         ValueError, f"`filter_sizes{LIMIT}{sizes}", "filter_grad", filter_sizes=sizes, **operands
     )
+    shapes = {"input": (1, 2**20, 2**20, 1), "filter": (1, 1, 1, 2**20)}
+    structs = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    with refused(ValueError, "the output must have less than 2**60 elements, got ..", "output"):
+        jax.eval_shape(lambda arrays: call("forward", **arrays), structs)
     pads = ((2**30, 0), (2**30, 0))
     refuses(ValueError, f"..`input{LIMIT}(2, {2**30 + 5}, {2**30 + 6}, 3)", "forward", padding=pads)
 

@@ -42,13 +42,17 @@ def test_defaults(op):
 
 
 def test_limits_of_xla_taps():
+    most = dataclasses.replace(MANY_COLUMNS, filter=(2, 63, 2, 1))
     for op in OPS:
         found = selection(MANY_COLUMNS, op, implementation=TAPS_OR_LAX)
         assert found.runs == "lax"
         assert "at most 63 columns, got 64" in str(found.reasons["xla_taps"])
+        assert selection(most, op, implementation=TAPS_OR_LAX).runs == "xla_taps"
     found = selection(MANY_PHASES, "input_grad", implementation=TAPS_OR_LAX)
     assert found.runs == "lax" and "at most 16, got (5, 4)" in str(found.reasons["xla_taps"])
     assert selection(MANY_PHASES, "forward", implementation=TAPS_OR_LAX).runs == "xla_taps"
+    most = dataclasses.replace(MANY_PHASES, strides=(4, 4))
+    assert selection(most, "input_grad", implementation=TAPS_OR_LAX).runs == "xla_taps"
 
 
 def many_positions(op, positions):

@@ -267,6 +267,7 @@ def test_unsupported():
             assert reason == f"a TPU computes in float32 and bfloat16, got {dtype}"
     wide = Case("wide", (2, 5, 200, 3), (1, 129, 3, 1))
     assert unsupported(wide) == "filters may have at most 128 columns, got 129"
+    assert unsupported(Case("widest", (2, 5, 200, 3), (1, 128, 3, 1))) is None
     many = Case("many", (2, 5, 6, 3), (3, 3, 3, 2000))
     assert "at most 4096 outputs, got 6000" in str(unsupported(many))
 

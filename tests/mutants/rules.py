@@ -18,7 +18,7 @@ FAULTS = [
         (
             "frozenset().union(*varying)",
             "frozenset.intersection(*varying)",
-            "tests/test_sharding.py -k filter_grad",
+            "tests/test_sharding.py -k inside",
         ),
         ("PRECISIONS.get(str(default).lower())", "None", TRANSFORMATIONS),
         ("functools.partial(_cotangent, index=1)", Operator("NumberReplacer", 1), DERIVATIVES),
