@@ -1,0 +1,151 @@
+"""What only another process can tell: artifacts and caches that outlive one, forks, environments.
+
+The functions before the tests are what these processes run, so each imports what it uses.
+"""
+
+import pathlib
+
+import fresh_process
+import jax
+import numpy as np
+import pytest
+from cases import DEFAULT_ON_CPU, HAS_NATIVE, IMPLEMENTATIONS, KERNELS, OPS, Case
+from jax import export
+
+CASE = Case("fresh", (2, 7, 8, 3), (3, 3, 3, 2), (2, 1))
+
+
+def three_ops(x, f, dy, implementation=None):
+    """The results of all three, as the first and its two gradients."""
+
+    def forward(x, f):
+        return CASE.run("forward", x, f, implementation=implementation)
+
+    y, gradient = jax.vjp(forward, x, f)
+    return y, *gradient(dy)
+
+
+def call_exported(directory):
+    import pathlib
+    import sys
+
+    import numpy as np
+    from jax import export
+
+    path = pathlib.Path(directory)
+    exported = export.deserialize(bytearray((path / "exported").read_bytes()))
+    with np.load(path / "operands.npz") as operands:
+        np.savez(path / "results.npz", *exported.call(*operands.values()))
+    assert "jax_dwbp" not in sys.modules
+
+
+def compile_and_run(directory, implementations):
+    """Prints how often the compilation cache had the program, and saves its results."""
+    import jax
+    import numpy as np
+    from test_fresh_process import three_ops
+
+    def run(*operands):
+        return [x for name in implementations for x in three_ops(*operands, implementation=name)]
+
+    with np.load(f"{directory}/operands.npz") as operands:
+        arguments = [*operands.values()]
+    events = []
+    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+    program = jax.jit(run).lower(*arguments).compile()
+    print(events.count("/jax/compilation_cache/cache_hits"))
+    np.savez(f"{directory}/results.npz", *program(*arguments))
+
+
+def fork_and_run(directory, environments):
+    """Forks a process for each environment, which saves a result and prints who can compute it."""
+    import os
+
+    import jax
+    import numpy as np
+
+    import jax_dwbp
+
+    with np.load(f"{directory}/operands.npz") as operands:
+        x, f, _ = operands.values()
+    for name, environment in environments.items():
+        child = os.fork()
+        if child:
+            assert os.waitpid(child, 0)[1] == 0, name
+            continue
+        os.environ.update(environment)
+        jax.config.update("jax_num_cpu_devices", 3)  # an error once JAX has started its devices
+        arguments = x, f, (1, 2, 1, 1), "SAME"
+        np.save(f"{directory}/{name}.npy", jax_dwbp.depthwise_conv2d_native(*arguments))
+        [found] = jax_dwbp.implementations(jax_dwbp.depthwise_conv2d_native, *arguments)
+        can = sorted(name for name, reason in found.reasons.items() if reason is None)
+        print(name, jax.device_count(), found.runs, *can, flush=True)
+        os._exit(0)
+
+
+@pytest.fixture
+def operands(tmp_path):
+    x, f = CASE.operands("forward")
+    _, dy = CASE.operands("filter_grad")
+    np.savez(tmp_path / "operands.npz", x, f, dy)
+    return x, f, dy
+
+
+def check(path, operands):
+    """The results of `three_ops`, once or more."""
+    x, f, dy = operands
+    of = {"forward": (x, f), "input_grad": (f, dy), "filter_grad": (x, dy)}
+    with np.load(path / "results.npz") as results:
+        results = [*results.values()]
+    assert results and len(results) % len(OPS) == 0
+    for i, got in enumerate(results):
+        op = OPS[i % len(OPS)]
+        CASE.check(op, got, CASE.expected(op, *of[op]), "float32")
+
+
+def test_artifacts_need_no_package(tmp_path, operands):
+    exported = export.export(jax.jit(three_ops))(*operands)
+    (tmp_path / "exported").write_bytes(exported.serialize())
+    fresh_process.call(call_exported, str(tmp_path))
+    check(tmp_path, operands)
+
+
+def test_compilation_cache(tmp_path, operands):
+    """One process fills it and the next one uses it."""
+    for hits in ("0\n", "1\n"):
+        found = fresh_process.call(
+            *(compile_and_run, str(tmp_path), IMPLEMENTATIONS),
+            JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"),
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        )
+        assert found == hits
+        check(tmp_path, operands)
+        (tmp_path / "results.npz").unlink()
+
+
+def test_forks_and_environments(tmp_path, operands):
+    """Import starts no devices and reads no environment: a fork may set its own."""
+    environments = {
+        "plain": {},
+        "interpreted": {"JAX_DWBP_INTERPRET": "1"},
+        "baseline": {"JAX_DWBP_MAX_ISA": "baseline"},
+    }
+    out = fresh_process.call(
+        *(fork_and_run, str(tmp_path), environments),
+        XLA_FLAGS="",
+        OPENBLAS_NUM_THREADS="1",  # Python warns of threads
+    )
+    able = {name: IMPLEMENTATIONS for name in environments}
+    able["interpreted"] = (*IMPLEMENTATIONS, *KERNELS)
+    assert out.splitlines() == [
+        " ".join((name, "3", DEFAULT_ON_CPU, *sorted(names))) for name, names in able.items()
+    ]
+    x, f, _ = operands
+    results = {name: np.load(tmp_path / f"{name}.npy") for name in environments}
+    for result in results.values():
+        CASE.check("forward", result, CASE.expected("forward", x, f), "float32")
+    np.testing.assert_array_equal(results["plain"], results["interpreted"])
+    # The baseline of x86 rounds each product.
+    cpu = pathlib.Path("/proc/cpuinfo")
+    if HAS_NATIVE and cpu.exists() and " fma " in cpu.read_text():
+        assert (results["plain"] != results["baseline"]).any()
