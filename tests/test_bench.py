@@ -5,12 +5,12 @@ import itertools
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import fresh_process
 import jax
 import numpy as np
 import pytest
@@ -421,9 +421,8 @@ def test_help(capsys):
 def test_program():
     """As it is run, with a layer and the rate of the machine."""
     arguments = "--filter=7x7x960 --ops=input_grad --batch=1 --peers= --blocks=1 --block_seconds=0"
-    command = [sys.executable, "-W", "error", "-m", "jax_dwbp.bench", *arguments.split()]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0
-    assert done.stderr == "1/1 input_grad, batch 1, float32, mobilenetv2 7x7x960 k3 s1\n"
-    assert re.search(r"\nfloat32; float32 matmul: [\d.e+]+ GFMA/s\n", done.stdout)
-    assert "\n| mobilenetv2 7x7x960 k3 s1 | " in done.stdout
+    process = fresh_process.start("-W", "error", "-m", "jax_dwbp.bench", *arguments.split())
+    status, out, err = fresh_process.finish(process)
+    assert (status, err) == (0, "1/1 input_grad, batch 1, float32, mobilenetv2 7x7x960 k3 s1\n")
+    assert re.search(r"\nfloat32; float32 matmul: [\d.e+]+ GFMA/s\n", out)
+    assert "\n| mobilenetv2 7x7x960 k3 s1 | " in out

@@ -2,11 +2,11 @@
 
 import errno
 import re
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import fresh_process
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -378,9 +378,7 @@ def test_help(capsys):
 
 def program(*arguments):
     """Its exit status and output, in a process that starts with JAX's defaults."""
-    command = [sys.executable, "-W", "error", "-m", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
+    return fresh_process.finish(fresh_process.start("-W", "error", "-m", *arguments))
 
 
 def test_program():

@@ -4,11 +4,9 @@ Small ones in the styles of MobileNetV2 and ConvNeXt, trained on scikit-learn's 
 """
 
 import functools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh_process
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -277,10 +275,4 @@ def test_keras():
     """On its JAX backend, in a process of its own: a process has one backend."""
     pytest.importorskip("keras")
     program = Path(__file__).parent / "keras_on_jax.py"
-    done = subprocess.run(
-        [sys.executable, program],
-        env=os.environ | {"KERAS_BACKEND": "jax", "XLA_FLAGS": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    fresh_process.run(program, KERAS_BACKEND="jax", XLA_FLAGS="")

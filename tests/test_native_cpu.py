@@ -1,11 +1,9 @@
 """What only a compiled kernel can get wrong: threads, instruction sets, indices, callers."""
 
 import functools
-import os
 import pathlib
-import subprocess
-import sys
 
+import fresh_process
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,21 +23,10 @@ compiled = pytest.mark.skipif(not HAS_NATIVE, reason="native_cpu was not compile
 
 def digest(*arguments, **environment):
     """That of native_digest.py, which checks the values too."""
-    done = subprocess.run(
-        [sys.executable, "native_digest.py", *arguments],
-        cwd=pathlib.Path(__file__).parent,
-        # XLA only moves the arrays, and compiles that in half the time if it needn't be optimal.
-        env={
-            **os.environ,
-            "XLA_FLAGS": "",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    # XLA only moves the arrays, and compiles that in half the time if it needn't be optimal.
+    quick = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    program = pathlib.Path(__file__).with_name("native_digest.py")
+    return fresh_process.run(program, *arguments, **quick, **environment)
 
 
 def program(run, *operands):

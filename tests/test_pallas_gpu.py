@@ -5,11 +5,10 @@ Values in general are in test_values, the kernels as they are compiled in test_p
 
 import dataclasses
 import itertools
-import subprocess
-import sys
 import types
 from typing import Any
 
+import fresh_process
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -244,8 +243,7 @@ def test_pallas_is_imported_when_it_is_needed():
         "jax_dwbp.depthwise_conv2d_native(x, x[0, :, :, None], (1, 1), 'SAME');"
         "sys.exit('jax.experimental.pallas' in sys.modules)"
     )
-    environment = {"JAX_DWBP_INTERPRET": "", "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    fresh_process.run("-c", program, JAX_DWBP_INTERPRET="", JAX_PLATFORMS="cpu")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -5,10 +5,9 @@ masks, the vectors and the inline assembly that only the GPU has, and finds acce
 Each case has a process of its own, which a compiler may abort.
 """
 
-import os
-import subprocess
 import sys
 
+import fresh_process
 import pytest
 from cases import OPS, SMALL, Case
 
@@ -66,13 +65,7 @@ def test_values(name, dtype, target, problems):
 
 
 def _run(*arguments):
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    fresh_process.run(__file__, *arguments, JAX_PLATFORMS="cpu")
 
 
 # ---- What runs in the process.

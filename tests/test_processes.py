@@ -1,12 +1,10 @@
 """`jax.distributed` with two real processes: a sharded network trains as it does in one."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh_process
 import numpy as np
 
 PROGRAM = Path(__file__).parent / "two_processes.py"
@@ -14,19 +12,12 @@ PROGRAM = Path(__file__).parent / "two_processes.py"
 
 def start(processes, index, port):
     devices = f"--xla_force_host_platform_device_count={8 // processes}"
-    return subprocess.Popen(
-        [sys.executable, PROGRAM, str(processes), str(index), str(port)],
-        env=os.environ | {"XLA_FLAGS": devices},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return fresh_process.start(PROGRAM, str(processes), str(index), str(port), XLA_FLAGS=devices)
 
 
 def printed(process):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return json.loads(out.splitlines()[-1])  # after what the collectives log
+    lines = fresh_process.output(process).splitlines()
+    return json.loads(lines[-1])  # after what the collectives log
 
 
 def test_two_processes_train_as_one():

@@ -7,9 +7,8 @@ import importlib.util
 import itertools
 import json
 import pathlib
-import subprocess
-import sys
 
+import fresh_process
 import pytest
 from cases import DTYPES
 
@@ -34,10 +33,10 @@ FILTER_GRAD = "depthwise_conv2d_native_backprop_filter"
     ids=["forward", "input_grad", "filter_grad"],
 )
 def test_suite(pattern, count, ops):
-    done = subprocess.run([sys.executable, PROGRAM, pattern], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    report = json.loads(done.stdout)
-    assert report["failed"] == [], done.stderr[-4000:]
+    status, out, err = fresh_process.finish(fresh_process.start(PROGRAM, pattern))
+    assert status == 0, err[-4000:]
+    report = json.loads(out)
+    assert report["failed"] == [], err[-4000:]
     # unittest takes this helper of TensorFlow's test class for a test.
     assert set(report["skipped"]) <= {"test_session"}
     assert len(report["passed"]) == count
