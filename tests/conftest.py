@@ -40,9 +40,14 @@ def pytest_configure(config):
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
-    """A CPU interprets Pallas kernels: large programs, which take longer to compile than to run."""
-    monkeypatch.setenv("JAX_DWBP_INTERPRET", "1")
+def unoptimized():
+    """For programs that take longer to compile than to run: LLVM does less, XLA does the same."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def interpreted(monkeypatch, unoptimized):
+    """A CPU interprets Pallas kernels: large programs."""
+    monkeypatch.setenv("JAX_DWBP_INTERPRET", "1")
