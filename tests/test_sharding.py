@@ -1,22 +1,25 @@
 """`shard_map` and sharded inputs on 8 host devices: values, gradients of replicated operands."""
 
 import functools
-import os
-import subprocess
-import sys
+import itertools
 
+import fresh_process
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import IMPLEMENTATIONS, Case
+from cases import IMPLEMENTATIONS, OPS, Case
+from covering import covering
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_dwbp
+from jax_dwbp._spec import OPERANDS, RESULTS
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
 P = PartitionSpec
 CASE = Case("sharded", (8, 5, 6, 2), (3, 3, 2, 2), (2, 1))
 BIG_FILTER = Case("sharded_big_filter", (8, 9, 9, 2), (9, 8, 2, 1))
+every_op = pytest.mark.parametrize("op", OPS)
 
 
 @pytest.fixture(scope="module")
@@ -44,76 +47,110 @@ def sharded(case, op, mesh, **options):
     return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
 
 
+def with_gradients(run):
+    """`run` and the gradients by its operands of the sum of its result's sines."""
+
+    def both(a, b):
+        result, transposed = jax.vjp(run, a, b)
+        return run(a, b), *transposed(jnp.cos(result))
+
+    return both
+
+
+def expected_with_gradients(case, op, a, b):
+    """What `with_gradients` is for an op: the gradients are the two other ops."""
+    result = case.expected(op, a, b)
+    known = {**dict(zip(OPERANDS[op], (a, b), strict=True)), RESULTS[op]: np.cos(result)}
+    others = {RESULTS[other]: other for other in OPS}
+    gradients = [
+        case.expected(others[name], *(known[operand] for operand in OPERANDS[others[name]]))
+        for name in OPERANDS[op]
+    ]
+    return [result, *gradients]
+
+
+def assert_close(got, want):
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w.astype("float64"), atol=1e-11)
+
+
+def check_values_and_gradients(mesh, op, jit, **options):
+    both = with_gradients(sharded(CASE, op, mesh, **options))
+    operands = CASE.operands(op, "float64")
+    got = (jax.jit(both) if jit else both)(*operands)
+    assert_close(got, expected_with_gradients(CASE, op, *operands))
+
+
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("forward_mode", [False, True])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("op", ["forward", "input_grad", "filter_grad"])
-def test_values_and_gradients(mesh, op, implementation, forward_mode, jit):
+@every_op
+def test_values_and_gradients(mesh, op, forward_mode, jit):
+    check_values_and_gradients(mesh, op, jit, forward_mode=forward_mode)
+
+
+@covering(op=OPS, implementation=IMPLEMENTATIONS, forward_mode=[False, True], jit=[False, True])
+def test_values_and_gradients_by_name(mesh, op, implementation, forward_mode, jit):
     options = {"implementation": implementation, "forward_mode": forward_mode}
-    run = sharded(CASE, op, mesh, **options)
-    operands = CASE.operands(op, "float64")
-
-    def loss(run, a, b):
-        return jnp.sum(jnp.sin(run(a, b)))
-
-    gradient = jax.grad(loss, argnums=(1, 2))
-    wrap = jax.jit if jit else lambda function: function
-    whole = functools.partial(CASE.run, op)
-    np.testing.assert_allclose(wrap(run)(*operands), whole(*operands), atol=1e-12)
-    got = wrap(functools.partial(gradient, run))(*operands)
-    for g, w in zip(got, gradient(whole, *operands), strict=True):
-        np.testing.assert_allclose(g, w, atol=1e-12)
+    check_values_and_gradients(mesh, op, jit, **options)
 
 
-@pytest.mark.parametrize("check_vma", [False, True])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", [CASE, BIG_FILTER], ids=str)
+@covering(case=[CASE, BIG_FILTER], implementation=IMPLEMENTATIONS, check_vma=[False, True])
 def test_gradient_inside(mesh, case, implementation, check_vma):
     """`grad` of the local loss: the replicated filter's gradient is summed over the shards."""
     x, f = case.operands("forward", "float64")
-
-    def loss(x, f):
-        return jnp.sum(jnp.sin(case.run("forward", x, f, implementation=implementation)))
+    both = with_gradients(functools.partial(case.run, "forward", implementation=implementation))
 
     def local(x, f):
-        dx, df = jax.grad(loss, argnums=(0, 1))(x, f)
-        return dx, df if check_vma else jax.lax.psum(df, "batch")
+        y, dx, df = both(x, f)
+        return y, dx, df if check_vma else jax.lax.psum(df, "batch")
 
     got = jax.jit(
         jax.shard_map(
             local,
             mesh=mesh,
             in_specs=(P("batch"), P()),
-            out_specs=(P("batch"), P()),
+            out_specs=(P("batch"), P("batch"), P()),
             check_vma=check_vma,
         )
     )(x, f)
-    for g, w in zip(got, jax.grad(loss, argnums=(0, 1))(x, f), strict=True):
-        np.testing.assert_allclose(g, w, atol=1e-12)
+    assert_close(got, expected_with_gradients(case, "forward", x, f))
 
 
-@pytest.mark.parametrize("op", ["forward", "input_grad", "filter_grad"])
-def test_sharded_inputs_under_jit(mesh, op):
+def lowered_for_sharded_inputs(mesh, op):
+    """The op's program, checked, as it is before it is partitioned."""
     in_specs, _ = specs(op)
     operands = CASE.operands(op)
     placed = [
         jax.device_put(x, NamedSharding(mesh, spec))
         for x, spec in zip(operands, in_specs, strict=True)
     ]
-    got = jax.jit(functools.partial(CASE.run, op))(*placed)
-    CASE.check(op, got, CASE.expected(op, *operands), "float32")
+    lowered = jax.jit(functools.partial(CASE.run, op)).lower(*placed)
+    CASE.check(op, lowered.compile()(*placed), CASE.expected(op, *operands), "float32")
+    return lowered.as_text()
+
+
+@every_op
+def test_sharded_inputs_under_jit(mesh, op):
+    assert lowered_for_sharded_inputs(mesh, op).count("@CustomSPMDPartitioning") == 1
+
+
+def without_shardy():
+    import jax
+    from jax.sharding import AxisType
+    from test_sharding import OPS, lowered_for_sharded_inputs
+
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    for op in OPS:
+        text = lowered_for_sharded_inputs(mesh, op)
+        print(op, "sdy." in text, "@CustomSPMDPartitioning" in text)
 
 
 def test_without_shardy():
     """GSPMD knows no rule and is left to what it does for lax."""
-    same = f"{__file__}::{test_sharded_inputs_under_jit.__name__}"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", same],
-        env=os.environ | {"JAX_USE_SHARDY_PARTITIONER": "0"},
-        capture_output=True,
-        text=True,
+    found = fresh_process.call(
+        without_shardy, JAX_USE_SHARDY_PARTITIONER="0", JAX_DISABLE_MOST_OPTIMIZATIONS="1"
     )
-    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr
+    assert found.splitlines() == [f"{op} False False" for op in OPS]
 
 
 @pytest.fixture(scope="module")
@@ -121,11 +158,7 @@ def explicit_mesh():
     return jax.make_mesh((8,), ("i",), axis_types=(AxisType.Explicit,))
 
 
-@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
-@pytest.mark.parametrize("sharded", ["batch", "channels", "rows"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("op", ["forward", "input_grad", "filter_grad"])
-def test_explicit_sharding(explicit_mesh, op, implementation, sharded, data_format):
+def check_explicit_sharding(explicit_mesh, op, sharded, jit, **options):
     """Values and gradients, with types that say so."""
     case = Case("explicit", (8, 16, 6, 8), (3, 3, 8, 2), (2, 1))
     filters = {"forward": 1, "input_grad": 0, "filter_grad": 2}[op]
@@ -133,25 +166,42 @@ def test_explicit_sharding(explicit_mesh, op, implementation, sharded, data_form
     of_filter = P(None, None, "i", None) if sharded == "channels" else P()
     specs = [of_filter if i == filters else activation[sharded] for i in range(3)]
     operands = case.operands(op, "float64")
-    run = functools.partial(case.run, op, implementation=implementation, data_format=data_format)
-    gradient = jax.grad(lambda a, b: jnp.sum(jnp.sin(run(a, b))), argnums=(0, 1))
-    want = [run(*operands), *gradient(*operands)]
+    both = with_gradients(functools.partial(case.run, op, **options))
     with jax.set_mesh(explicit_mesh):
         placed = [
             jax.device_put(x, NamedSharding(explicit_mesh, spec))
             for x, spec in zip(operands, specs[:2], strict=True)
         ]
-        for wrap in (lambda function: function, jax.jit):
-            got = [wrap(run)(*placed), *wrap(gradient)(*placed)]
-            for g, w, spec in zip(got, want, [specs[2], *specs[:2]], strict=True):
-                np.testing.assert_allclose(g, w, atol=1e-11)
-                assert jax.typeof(g).sharding.is_equivalent_to(
-                    NamedSharding(explicit_mesh.abstract_mesh, spec), g.ndim
-                )
+        got = (jax.jit(both) if jit else both)(*placed)
+    assert_close(got, expected_with_gradients(case, op, *operands))
+    for g, spec in zip(got, [specs[2], *specs[:2]], strict=True):
+        assert jax.typeof(g).sharding.is_equivalent_to(
+            NamedSharding(explicit_mesh.abstract_mesh, spec), g.ndim
+        )
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("sharded", ["batch", "channels", "rows"])
+@every_op
+def test_explicit_sharding(explicit_mesh, op, sharded, data_format, jit):
+    check_explicit_sharding(explicit_mesh, op, sharded, jit, data_format=data_format)
+
+
+@covering(
+    op=OPS,
+    implementation=IMPLEMENTATIONS,
+    sharded=["batch", "channels", "rows"],
+    data_format=["NHWC", "NCHW"],
+    jit=[False, True],
+)
+def test_explicit_sharding_by_name(explicit_mesh, op, implementation, sharded, data_format, jit):
+    options = {"implementation": implementation, "data_format": data_format}
+    check_explicit_sharding(explicit_mesh, op, sharded, jit, **options)
 
 
 @pytest.mark.parametrize("in_axes", [(0, 0), (0, None), (None, 0)], ids=str)
-@pytest.mark.parametrize("op", ["forward", "input_grad", "filter_grad"])
+@every_op
 def test_vmap_over_an_explicitly_sharded_axis(op, in_axes):
     """Values and derivatives of two orders, of the map and mapped, and the types that they have."""
     case = Case("explicit", (3, 6, 5, 2), (3, 3, 2, 2), (2, 1))
@@ -168,26 +218,24 @@ def test_vmap_over_an_explicitly_sharded_axis(op, in_axes):
     mapped = jax.vmap(run, in_axes)
     gradient = jax.grad(functools.partial(loss, run), argnums=(0, 1))
     second = jax.grad(lambda a, b: sum(jnp.sum(g**2) for g in gradient(a, b)), argnums=(0, 1))
-    functions = {
-        mapped: ("i",),
-        jax.grad(functools.partial(loss, mapped), argnums=(0, 1)): [
-            "i" if axis == 0 else None for axis in in_axes
-        ],
-        jax.vmap(gradient, in_axes): ("i", "i"),
-        jax.vmap(second, in_axes): ("i", "i"),
-    }
+    gradient_of_mapped = jax.grad(functools.partial(loss, mapped), argnums=(0, 1))
+
+    @jax.jit
+    def everything(*operands):
+        others = (gradient_of_mapped, jax.vmap(gradient, in_axes), jax.vmap(second, in_axes))
+        return mapped(*operands), *itertools.chain(*(other(*operands) for other in others))
+
+    as_operands = ["i" if axis == 0 else None for axis in in_axes]
+    want = everything(*operands)
     mesh = jax.make_mesh((4, 2), ("i", "j"), axis_types=(AxisType.Explicit,) * 2)
-    for function, entries in functions.items():
-        want = jax.tree.leaves(function(*operands))
-        with jax.set_mesh(mesh):
-            placed = [
-                jax.device_put(x, P("i") if axis == 0 else P())
-                for x, axis in zip(operands, in_axes, strict=True)
-            ]
-            got = jax.tree.leaves(jax.jit(function)(*placed))
-        for g, w, entry in zip(got, want, entries, strict=True):
-            np.testing.assert_allclose(g, w, atol=1e-10)
-            assert [*jax.typeof(g).sharding.spec] == [entry] + [None] * (g.ndim - 1)
+    with jax.set_mesh(mesh):
+        placed = [
+            jax.device_put(x, P(entry)) for x, entry in zip(operands, as_operands, strict=True)
+        ]
+        got = everything(*placed)
+    for g, w, entry in zip(got, want, ["i", *as_operands, *"iiii"], strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-10)
+        assert [*jax.typeof(g).sharding.spec] == [entry] + [None] * (g.ndim - 1)
 
 
 @pytest.mark.parametrize("sharded", [P("i"), P(None, "i"), P(None, None, "i")], ids=str)
@@ -304,7 +352,7 @@ def test_filter_from_before_the_explicit_mesh(explicit_mesh, function, derive):
         np.testing.assert_allclose(derive(loss, run, x, f), want, atol=1e-10)
 
 
-@pytest.mark.parametrize("op", ["forward", "input_grad", "filter_grad"])
+@every_op
 def test_explicit_sharding_without_a_mesh_in_the_context(explicit_mesh, op):
     case = Case("explicit", (8, 5, 6, 2), (3, 3, 2, 2), (2, 1))
     run = functools.partial(case.run, op)
