@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from cases import IMPLEMENTATIONS, OPS, SMALL, Case
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
 CASE = Case("batched", (2, 4, 5, 2), (3, 2, 2, 2), (2, 1))
 every_op = pytest.mark.parametrize("op", OPS)
 
@@ -47,25 +48,38 @@ def assert_close(got, want):
     )
 
 
+def check_axes(case, op, pairs, size, **options):
+    """`vmap` over each pair of axes of the operands, all compiled as one program."""
+    run = functools.partial(case.run, op, **options)
+    arguments = {in_axes: with_axes(stacked(case, op, size), in_axes) for in_axes in pairs}
+
+    @jax.jit
+    def mapped(*arguments):
+        return [jax.vmap(run, axes)(*arrays) for axes, arrays in zip(pairs, arguments, strict=True)]
+
+    found = mapped(*arguments.values())
+    for (in_axes, operands), got in zip(arguments.items(), found, strict=True):
+        assert_close(got, loop(functools.partial(case.run, op), in_axes, operands, size))
+
+
+@every_op
+def test_every_axis(op):
+    pairs = itertools.product((None, 0, 1, 2, 3, 4), repeat=2)
+    check_axes(CASE, op, [axes for axes in pairs if axes != (None, None)], 3)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @every_op
-def test_every_axis(op, implementation):
-    run = functools.partial(CASE.run, op, implementation=implementation)
-    operands = stacked(CASE, op, 3)
-    for in_axes in itertools.product((None, 0, 1, 2, 3, 4), repeat=2):
-        if in_axes != (None, None):
-            arguments = with_axes(operands, in_axes)
-            got = jax.jit(jax.vmap(run, in_axes))(*arguments)
-            assert_close(got, loop(run, in_axes, arguments, 3))
+def test_each_axis_by_name(op, implementation):
+    """Each once for either operand."""
+    pairs = [(None, 0), (0, None), (1, 4), (2, 3), (3, 1), (4, 2)]
+    check_axes(CASE, op, pairs, 3, implementation=implementation)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
 @every_op
 def test_every_case(case, op):
-    run = functools.partial(case.run, op)
-    for in_axes in ((0, 0), (0, None), (None, 0)):
-        arguments = with_axes(stacked(case, op, 2), in_axes)
-        assert_close(jax.vmap(run, in_axes)(*arguments), loop(run, in_axes, arguments, 2))
+    check_axes(case, op, [(0, 0), (0, None), (None, 0)], 2)
 
 
 @pytest.mark.parametrize("size", [0, 1])

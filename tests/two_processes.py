@@ -47,7 +47,7 @@ rng = np.random.default_rng(0)
 images = rng.uniform(size=(8, 24, 24, 3)).astype(np.float32)
 labels = rng.integers(10, size=8)
 network, optimizer = Network(), optax.sgd(0.05)
-parameters = network.init(jax.random.key(0), images[:1])
+parameters = jax.jit(network.init)(jax.random.key(0), images[:1])
 state = optimizer.init(parameters)
 
 
