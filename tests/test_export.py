@@ -10,6 +10,7 @@ from cases import OPS, SMALL
 from covering import covering
 from jax import export
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
 CASE = SMALL[3]
 every_op = pytest.mark.parametrize("op", OPS)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import HAS_NATIVE, IMPLEMENTATIONS, KERNELS, OPS, Case
+from covering import covering
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,13 +19,8 @@ COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "
 ACTIVATIONS = {"batch": P("i"), "channels": P(None, None, None, "i"), "height": P(None, "i")}
 FILTERS = {"batch": P(), "channels": P(None, None, "i"), "height": P()}
 every_op = pytest.mark.parametrize("op", OPS)
-every_implementation = pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS, *KERNELS])
-
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    """With XLA's optimizations, unlike elsewhere: what it makes of a program is tested here."""
-    monkeypatch.setenv("JAX_DWBP_INTERPRET", "1")
+NAMES = (*IMPLEMENTATIONS, *KERNELS)
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 def mesh_of(**axes):
@@ -60,15 +56,10 @@ def compiled(function, operands, mesh, in_specs, out_specs=None):
     return executable, placed, {kind: sizes for kind, sizes in sent.items() if sizes}
 
 
-@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
-@pytest.mark.parametrize("multiplier", [1, 2])
-@pytest.mark.parametrize("sharded", ["batch", "channels"])
-@every_implementation
-@every_op
-def test_batch_and_channels_send_nothing(op, implementation, sharded, multiplier, data_format):
+def check_that_nothing_is_sent(op, sharded, multiplier, **options):
     """But for the filter gradient's sum over the batch."""
     case = Case("sharded", (8, 5, 6, 8), (3, 3, 8, multiplier), (2, 1))
-    run = functools.partial(case.run, op, implementation=implementation, data_format=data_format)
+    run = functools.partial(case.run, op, **options)
     operands = case.operands(op)
     *in_specs, out_spec = specs(op, ACTIVATIONS[sharded], FILTERS[sharded])
     program, placed, sent = compiled(run, operands, mesh_of(i=8), in_specs)
@@ -77,6 +68,26 @@ def test_batch_and_channels_send_nothing(op, implementation, sharded, multiplier
     summed = op == "filter_grad" and sharded == "batch"
     assert sent == ({"all-reduce": [9 * 8 * multiplier]} if summed else {})
     case.check(op, result, case.expected(op, *operands), "float32")
+
+
+@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("multiplier", [1, 2])
+@pytest.mark.parametrize("sharded", ["batch", "channels"])
+@every_op
+def test_batch_and_channels_send_nothing(op, sharded, multiplier, data_format):
+    check_that_nothing_is_sent(op, sharded, multiplier, data_format=data_format)
+
+
+@covering(
+    op=OPS,
+    implementation=NAMES,
+    sharded=["batch", "channels"],
+    multiplier=[1, 2],
+    data_format=["NHWC", "NCHW"],
+)
+def test_nothing_is_sent_by_name(op, implementation, sharded, multiplier, data_format):
+    options = {"implementation": implementation, "data_format": data_format}
+    check_that_nothing_is_sent(op, sharded, multiplier, **options)
 
 
 @every_op
@@ -88,7 +99,7 @@ def test_channels_that_do_not_divide(op):
     program, placed, sent = compiled(
         functools.partial(case.run, op), operands, mesh_of(i=8), in_specs
     )
-    assert set(sent) <= {"all-reduce"}
+    assert set(sent) == ({"all-reduce"} if op == "filter_grad" else set())
     case.check(op, program(*placed), case.expected(op, *operands), "float32")
 
 
@@ -103,7 +114,7 @@ def test_each_device_runs_the_native_kernel(op):
     assert "jax_dwbp_depthwise_conv2d" in str(program.as_text())
 
 
-@every_implementation
+@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
 def test_gradient_of_a_network(implementation):
     """Two layers and all their gradients, batch and channels sharded: sums of filters, no more."""
     first = Case("first", (4, 9, 8, 4), (3, 3, 4, 2), (2, 2))
@@ -196,13 +207,21 @@ def test_rows_whose_parts_are_not_alike(op, case, parts):
 
 
 def check_divided(case, op, name, spec, parts):
-    """The array `name`, be it an operand or the result, is divided by `spec`, and nothing else."""
+    """The array `name`, be it an operand or the result, is divided by `spec`, and nothing else.
+
+    For a result nothing is gathered: each device computes its part.
+    """
     operands = case.operands(op)
     names = (*OPERANDS[op], RESULTS[op])
     *in_specs, out_spec = (spec if array == name else P() for array in names)
     run = functools.partial(case.run, op)
-    program, placed, _ = compiled(run, operands, mesh_of(i=parts), in_specs, out_spec)
-    case.check(op, program(*placed), case.expected(op, *operands), "float32")
+    program, placed, sent = compiled(run, operands, mesh_of(i=parts), in_specs, out_spec)
+    result = program(*placed)
+    shared = [array.is_fully_replicated for array in (*placed, result)]
+    assert shared == [array != name for array in names]
+    if name == RESULTS[op]:
+        assert "all-gather" not in sent
+    case.check(op, result, case.expected(op, *operands), "float32")
 
 
 @pytest.mark.parametrize(("parts", "channels", "multiplier"), [(8, 6, 4), (8, 2, 4), (6, 3, 2)])
@@ -222,55 +241,68 @@ def test_rows_of_the_input_that_divide_and_of_the_output_that_do_not(op, parts, 
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("case", "gathered"),
     [
-        Case("beyond_the_neighbour", (2, 8, 5, 2), (5, 3, 2, 1)),
-        Case("parts_without_a_phase", (2, 24, 5, 2), (3, 3, 2, 1), (3, 1)),
-        Case("nothing_but_padding", (2, 8, 5, 2), (3, 3, 2, 1), (1, 1), ((9, 9), (1, 1))),
+        (Case("beyond_the_neighbour", (2, 8, 5, 2), (5, 3, 2, 1)), True),
+        (Case("parts_without_a_phase", (2, 24, 5, 2), (3, 3, 2, 1), (3, 1)), False),
+        (Case("only_padding", (2, 8, 5, 2), (3, 3, 2, 1), (1, 1), ((9, 9), (1, 1))), True),
     ],
     ids=str,
 )
 @every_op
-def test_what_can_not_be_divided_is_right(case, op):
+def test_rows_are_gathered_where_they_can_not_be_divided(op, case, gathered):
     operands = case.operands(op)
-    in_specs = [P(None, "i") if x.ndim == 4 and x.shape[1] % 8 == 0 else P() for x in operands]
-    program, placed, _ = compiled(functools.partial(case.run, op), operands, mesh_of(i=8), in_specs)
+    in_specs = specs(op, P(None, "i"), P())[:2]
+    program, placed, sent = compiled(
+        functools.partial(case.run, op), operands, mesh_of(i=8), in_specs
+    )
+    assert ("all-gather" in sent) == gathered
     case.check(op, program(*placed), case.expected(op, *operands), "float32")
 
 
-@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
-@every_implementation
-@every_op
-def test_all_axes_at_once(op, implementation, data_format):
+def check_all_axes(op, **options):
     case = Case("all", (2, 8, 8, 4), (3, 3, 4, 2))
     operands = case.operands(op)
     mesh = mesh_of(h=2, w=2, c=2)
     in_specs = specs(op, P(None, "h", "w", "c"), P(None, None, "c"))[:2]
-    run = functools.partial(case.run, op, implementation=implementation, data_format=data_format)
+    run = functools.partial(case.run, op, **options)
     program, placed, sent = compiled(run, operands, mesh, in_specs)
     assert set(sent) == {"collective-permute"} | ({"all-reduce"} if op == "filter_grad" else set())
     case.check(op, program(*placed), case.expected(op, *operands), "float32")
 
 
+@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
+@every_op
+def test_all_axes_at_once(op, data_format):
+    check_all_axes(op, data_format=data_format)
+
+
+@covering(op=OPS, implementation=NAMES, data_format=["NHWC", "NCHW"])
+def test_all_axes_at_once_by_name(op, implementation, data_format):
+    check_all_axes(op, implementation=implementation, data_format=data_format)
+
+
 @pytest.mark.parametrize(
-    "case",
+    ("case", "of", "axis"),
     [
-        Case("one_channel", (8, 8, 5, 1), (3, 3, 1, 8)),
-        Case("one_row", (8, 8, 5, 2), (3, 3, 2, 1), (8, 1)),
-        Case("one_row_and_column", (8, 2, 2, 8), (3, 3, 8, 2), (2, 2)),
-        Case("one_image", (1, 8, 5, 2), (3, 3, 2, 2)),
-        Case("one_tap", (8, 8, 5, 2), (1, 1, 2, 1)),
+        (case, of, axis)
+        for case in (
+            Case("one_channel", (8, 8, 5, 1), (3, 3, 1, 8)),
+            Case("one_row", (8, 8, 5, 2), (3, 3, 2, 1), (8, 1)),
+            Case("one_row_and_column", (8, 2, 2, 8), (3, 3, 8, 2), (2, 2)),
+            Case("one_image", (1, 8, 5, 2), (3, 3, 2, 2)),
+            Case("one_tap", (8, 8, 5, 2), (1, 1, 2, 1)),
+        )
+        for of, shape in (("x", case.input), ("f", case.filter), ("dy", case.output))
+        for axis, size in enumerate(shape)
+        if size % 8 == 0
     ],
     ids=str,
 )
-@pytest.mark.parametrize("of", ["x", "f", "dy"])
 @every_op
-def test_axes_of_size_one(op, of, case):
+def test_axes_of_size_one(op, case, of, axis):
     """With each axis that eight devices divide, of each array."""
-    shape = {"x": case.input, "f": case.filter, "dy": case.output}[of]
-    for axis, size in enumerate(shape):
-        if size % 8 == 0:
-            check_divided(case, op, of, P(*[None] * axis, "i"), 8)
+    check_divided(case, op, of, P(*[None] * axis, "i"), 8)
 
 
 @pytest.mark.parametrize("own_filters", [False, True])

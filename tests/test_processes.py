@@ -12,7 +12,11 @@ PROGRAM = Path(__file__).parent / "two_processes.py"
 
 def start(processes, index, port):
     devices = f"--xla_force_host_platform_device_count={8 // processes}"
-    return fresh_process.start(PROGRAM, str(processes), str(index), str(port), XLA_FLAGS=devices)
+    return fresh_process.start(
+        *(PROGRAM, str(processes), str(index), str(port)),
+        XLA_FLAGS=devices,
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+    )
 
 
 def printed(process):
