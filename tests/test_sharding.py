@@ -381,5 +381,5 @@ def test_explicit_sharding_over_two_meshes_is_refused(explicit_mesh):
     other = jax.make_mesh((2, 4), ("j", "k"), axis_types=(AxisType.Explicit,) * 2)
     x = jax.device_put(x, NamedSharding(explicit_mesh, P("i")))
     f = jax.device_put(f, NamedSharding(other, P(None, None, "j")))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="sharded over one mesh"):
         jax_dwbp.depthwise_conv2d_native(x, f, (1, 1), "SAME")
