@@ -66,6 +66,7 @@ def fork_and_run(directory, environments):
 
     import jax_dwbp
 
+    jax.config.update("jax_num_cpu_devices", 3)  # an error once JAX has started its devices
     with np.load(f"{directory}/operands.npz") as operands:
         x, f, _ = operands.values()
     for name, environment in environments.items():
@@ -74,7 +75,6 @@ def fork_and_run(directory, environments):
             assert os.waitpid(child, 0)[1] == 0, name
             continue
         os.environ.update(environment)
-        jax.config.update("jax_num_cpu_devices", 3)  # an error once JAX has started its devices
         arguments = x, f, (1, 2, 1, 1), "SAME"
         np.save(f"{directory}/{name}.npy", jax_dwbp.depthwise_conv2d_native(*arguments))
         [found] = jax_dwbp.implementations(jax_dwbp.depthwise_conv2d_native, *arguments)

@@ -238,6 +238,23 @@ def test_vmap_over_an_explicitly_sharded_axis(op, in_axes):
         assert [*jax.typeof(g).sharding.spec] == [entry] + [None] * (g.ndim - 1)
 
 
+@every_op
+def test_nested_vmap_over_an_explicitly_sharded_axis(op):
+    """That of the outer map, with which the axis of the inner one is joined."""
+    case = Case("explicit", (2, 5, 4, 2), (3, 2, 2, 1))
+    problems = [case.operands(op, "float64", seed=seed) for seed in range(8)]
+    operands = [np.stack(x).reshape(4, 2, *x[0].shape) for x in zip(*problems, strict=True)]
+    mesh = jax.make_mesh((4, 2), ("i", "j"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(x, P("i")) for x in operands]
+        got = jax.jit(jax.vmap(jax.vmap(functools.partial(case.run, op))))(*placed)
+    assert [*jax.typeof(got).sharding.spec] == ["i"] + [None] * (got.ndim - 1)
+    for result, problem in zip(got.reshape(8, *got.shape[2:]), problems, strict=True):
+        np.testing.assert_allclose(
+            result, case.expected(op, *problem).astype("float64"), atol=1e-12
+        )
+
+
 @pytest.mark.parametrize("sharded", [P("i"), P(None, "i"), P(None, None, "i")], ids=str)
 @pytest.mark.parametrize("out_sharding", [None, P("i")], ids=str)
 def test_stand_in_with_explicit_sharding(sharded, out_sharding):
