@@ -135,7 +135,7 @@ def test_forks_and_environments(tmp_path, operands):
         XLA_FLAGS="",
         OPENBLAS_NUM_THREADS="1",  # Python warns of threads
     )
-    able = {name: IMPLEMENTATIONS for name in environments}
+    able: dict[str, tuple[str, ...]] = dict.fromkeys(environments, IMPLEMENTATIONS)
     able["interpreted"] = (*IMPLEMENTATIONS, *KERNELS)
     assert out.splitlines() == [
         " ".join((name, "3", DEFAULT_ON_CPU, *sorted(names))) for name, names in able.items()

@@ -61,7 +61,7 @@ def expected_with_gradients(case, op, a, b):
     """What `with_gradients` is for an op: the gradients are the two other ops."""
     result = case.expected(op, a, b)
     known = {**dict(zip(OPERANDS[op], (a, b), strict=True)), RESULTS[op]: np.cos(result)}
-    others = {RESULTS[other]: other for other in OPS}
+    others = {name: other for other, name in RESULTS.items()}
     gradients = [
         case.expected(others[name], *(known[operand] for operand in OPERANDS[others[name]]))
         for name in OPERANDS[op]
