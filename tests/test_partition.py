@@ -242,7 +242,7 @@ def test_rows_of_the_input_that_divide_and_of_the_output_that_do_not(op, parts, 
 
 @every_op
 def test_rows_of_the_output_that_divide_and_of_the_input_that_do_not(op):
-    case = Case("rows", (2, 10, 4, 2), (3, 3, 2, 1), padding="VALID")
+    case = Case("rows", (2, 34, 4, 2), (3, 3, 2, 1), padding="VALID")
     check_divided(case, op, "dy", P(None, "i"), 8)
 
 
