@@ -1,30 +1,49 @@
-"""The Pallas kernels in interpret mode: values, and the transformations with them by name."""
+"""The Pallas kernels: values by NumPy, and in interpret mode the transformations by name."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pallas_numpy
 import pytest
 from cases import KERNELS, OPS, SMALL, XLA, Case
+from covering import covering
 from jax.sharding import AxisType, PartitionSpec
 
 import jax_dwbp
+from jax_dwbp._impl import pallas_gpu, pallas_tpu
+from jax_dwbp._spec import canonicalize
 
 CASE = Case("kernel", (2, 5, 6, 2), (3, 3, 2, 2), (2, 1))
 # Many channels or images, or large filters. Without the 6x6 filter, whose 36 products a kernel adds
 # up in one chain: of 1.8 million of them the worst errs by more than the tolerance has for a chain.
 LARGE = [case for case in XLA[4:9] if case.filter[0] != 6]
 CALLS = {"pallas_tpu": ("tpu", "tpu_custom_call"), "pallas_gpu": ("cuda", "triton")}
+MODULES: Any = {"pallas_tpu": vars(pallas_tpu), "pallas_gpu": pallas_gpu._KERNELS}
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 every_op = pytest.mark.parametrize("op", OPS)
 pytestmark = pytest.mark.usefixtures("interpreted")
 
 
-@pytest.mark.parametrize("case", (*SMALL, *LARGE), ids=str)
+def check(case, op, kernel, dtype="float32"):
+    options = {"precision": None, "implementation": None}
+    spec = canonicalize("forward", case.input, case.filter, None, **case.attributes(), **options)
+    a, b = case.operands(op, dtype)
+    [got] = pallas_numpy.run(functools.partial(MODULES[kernel][op], spec), a[None], b[None])
+    case.check(op, got, case.expected(op, a, b), dtype)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
 @every_kernel
 @every_op
 def test_values(case, op, kernel):
+    check(case, op, kernel)
+
+
+@covering(case=LARGE, kernel=list(KERNELS), op=OPS)
+def test_values_in_interpret_mode(case, op, kernel):
     a, b = case.operands(op)
     got = case.run(op, a, b, implementation=kernel)
     case.check(op, got, case.expected(op, a, b), "float32")
@@ -36,22 +55,19 @@ def test_values(case, op, kernel):
 )
 @every_op
 def test_half(op, kernel, dtype):
+    check(CASE, op, kernel, dtype)
+
+
+@every_kernel
+@every_op
+def test_channels_first_in_half(op, kernel):
+    dtype, *_ = KERNELS[kernel]
     a, b = CASE.operands(op, dtype)
-    got = CASE.run(op, a, b, implementation=kernel)
+    got = CASE.run(op, a, b, data_format="NCHW", implementation=kernel)
     CASE.check(op, got, CASE.expected(op, a, b), dtype)
 
 
-@every_kernel
-@every_op
-def test_channels_first(op, kernel):
-    a, b = CASE.operands(op)
-    got = CASE.run(op, a, b, data_format="NCHW", implementation=kernel)
-    CASE.check(op, got, CASE.expected(op, a, b), "float32")
-
-
-@pytest.mark.parametrize("in_axes", [(0, 0), (1, None), (None, 2)])
-@every_kernel
-@every_op
+@covering(in_axes=[(0, 0), (1, None), (None, 2)], kernel=list(KERNELS), op=OPS)
 def test_vmap(op, kernel, in_axes):
     run = functools.partial(CASE.run, op, implementation=kernel)
     problems = [CASE.operands(op, seed=seed) for seed in range(3)]
@@ -66,8 +82,11 @@ def test_vmap(op, kernel, in_axes):
         CASE.check(op, result, CASE.expected(op, a, b), "float32")
 
 
-@every_kernel
-@every_op
+# A second derivative has all three kernels.
+@pytest.mark.parametrize(
+    ("op", "kernel"),
+    (("forward", "pallas_tpu"), ("input_grad", "pallas_gpu"), ("filter_grad", "pallas_gpu")),
+)
 def test_gradient_of_the_gradient(op, kernel):
     def twice(a, b, **options):
         def loss(a, b):
@@ -100,8 +119,9 @@ def test_shard_map(kernel, shape, check_vma):
     def run(x, f, implementation):
         return case.run("forward", x, f, implementation=implementation)
 
-    def gradients(run, x, f):
-        return jax.grad(lambda x, f: jnp.sum(jnp.sin(run(x, f))), argnums=(0, 1))(x, f)
+    def result_and_gradients(run, x, f):
+        y, pullback = jax.vjp(run, x, f)
+        return y, *pullback(jnp.cos(y))
 
     sharded = jax.shard_map(
         functools.partial(run, implementation=kernel),
@@ -111,9 +131,10 @@ def test_shard_map(kernel, shape, check_vma):
         axis_names={"batch"} if shape[1] > 1 else set(mesh.axis_names),
         check_vma=check_vma,
     )
-    case.check("forward", jax.jit(sharded)(x, f), case.expected("forward", x, f), "float32")
-    got = jax.jit(functools.partial(gradients, sharded))(x, f)
-    want = gradients(functools.partial(run, implementation="lax"), np.float64(x), np.float64(f))
+    y, *got = jax.jit(functools.partial(result_and_gradients, sharded))(x, f)
+    case.check("forward", y, case.expected("forward", x, f), "float32")
+    lax = functools.partial(run, implementation="lax")
+    _, *want = result_and_gradients(lax, np.float64(x), np.float64(f))
     for g, w in zip(got, want, strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-4)
 

@@ -1,10 +1,12 @@
-"""The TPU kernel, interpreted: its views, its tiles and its limits. test_values has the specs."""
+"""The TPU kernel, run by NumPy: its views, its tiles and its limits. test_pallas has the specs."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pallas_numpy
 import pytest
 from cases import OPS, SMALL, Case
 
@@ -40,19 +42,25 @@ def plan_of(case, op: Any = "forward", dtype="float32") -> Any:
     return pallas_tpu._plan(op, spec_of(case), case.input[0], jnp.dtype(dtype))
 
 
+def shapes_of(case, op, dtype):
+    x, f, dy = (
+        jax.ShapeDtypeStruct((1, *shape), dtype) for shape in (case.input, case.filter, case.output)
+    )
+    return {"forward": (x, f), "input_grad": (f, dy), "filter_grad": (x, dy)}[op]
+
+
 def unsupported(case, op: Any = "forward", dtype="float32", platform: str | None = "tpu"):
-    a, b = (jax.ShapeDtypeStruct((1, *x.shape), dtype) for x in case.operands(op))
-    return pallas_tpu.unsupported(op, spec_of(case), platform, a, b)
+    return pallas_tpu.unsupported(op, spec_of(case), platform, *shapes_of(case, op, dtype))
 
 
 def run(case, op, a, b):
-    function = jax.jit(getattr(pallas_tpu, op), static_argnums=0)
-    return function(spec_of(case), a[None], b[None])[0]
+    """On arrays with an axis of problems."""
+    return pallas_numpy.run(functools.partial(getattr(pallas_tpu, op), spec_of(case)), a, b)
 
 
 def check(case, op, dtype="float32"):
     a, b = case.operands(op, dtype)
-    case.check(op, run(case, op, a, b), case.expected(op, a, b), dtype)
+    case.check(op, run(case, op, a[None], b[None])[0], case.expected(op, a, b), dtype)
 
 
 # Each more than a block of N, of C and of loops over rows and columns, where N and C leave a rest.
@@ -73,10 +81,19 @@ def test_views(view, op, dtype):
     check(VIEWS[view], op, dtype)
 
 
+@pytest.mark.parametrize("view", VIEWS)
+@every_op
+def test_views_as_they_are_compiled(monkeypatch, view, op):
+    """In pieces of more rows than are interpreted at a time."""
+    monkeypatch.delenv("JAX_DWBP_INTERPRET")
+    assert plan_of(VIEWS[view], op).accumulators[0] > 2
+    check(VIEWS[view], op)
+
+
 @pytest.mark.parametrize("case", [case for case in SMALL if case.filter[3] == 1], ids=str)
 @every_op
 def test_values_of_few_images_in_place(monkeypatch, case, op):
-    """They are copied by default, and many images take the interpreter long."""
+    """They are copied by default."""
     monkeypatch.setattr(pallas_tpu, "_views", lambda spec, batch: ["ghwnc"])
     check(case, op)
 
@@ -197,7 +214,7 @@ def test_infinities_stay_in_their_lane(op, batch, multiplier):
     a, b = case.operands(op)
     which = b if op == "input_grad" else a
     which[0, 2, 2, 1] = np.inf
-    got = np.asarray(run(case, op, a, b))
+    [got] = run(case, op, a[None], b[None])
     with np.errstate(invalid="ignore"):
         expected = case.expected(op, a, b)
     np.testing.assert_array_equal(np.isfinite(got), np.isfinite(expected))
@@ -212,16 +229,15 @@ def test_infinities_that_no_window_has_are_not_summed(monkeypatch):
     assert rows.tiles > 1 and rows.axis.count % rows.tile
     x, dy = case.operands("filter_grad")
     x[:, -1] = np.inf
-    got, want = run(case, "filter_grad", x, dy), case.expected("filter_grad", x, dy)
-    case.check("filter_grad", got, want, "float32")
+    [got] = run(case, "filter_grad", x[None], dy[None])
+    case.check("filter_grad", got, case.expected("filter_grad", x, dy), "float32")
 
 
 @every_op
 def test_problems_have_filters_of_their_own(op):
     case = Case("problems", (2, 5, 6, 3), (3, 2, 3, 2), (1, 2))
     operands = [case.operands(op, seed=seed) for seed in range(3)]
-    a, b = (np.stack(arrays) for arrays in zip(*operands, strict=True))
-    got = jax.jit(getattr(pallas_tpu, op), static_argnums=0)(spec_of(case), a, b)
+    got = run(case, op, *(np.stack(arrays) for arrays in zip(*operands, strict=True)))
     for result, (x, y) in zip(got, operands, strict=True):
         case.check(op, result, case.expected(op, x, y), "float32")
 
@@ -248,10 +264,8 @@ def test_a_wrong_plan_fails(monkeypatch, op):
 
     monkeypatch.setattr(pallas_tpu, "axes", wrong)
     pallas_tpu._plan.cache_clear()
-    jax.clear_caches()
     with pytest.raises(AssertionError, match="of what is allowed"):
         check(case, op)
-    jax.clear_caches()
 
 
 # ---- What it can't run.
@@ -298,15 +312,7 @@ def test_what_it_takes_fits_the_vmem(op):
 
 
 def preferred(case, op, dtype="bfloat16"):
-    a, b = (
-        jax.ShapeDtypeStruct((1, *shape), dtype)
-        for shape in {
-            "forward": (case.input, case.filter),
-            "input_grad": (case.filter, case.output),
-            "filter_grad": (case.input, case.output),
-        }[op]
-    )
-    return pallas_tpu.preferred(op, spec_of(case), a, b)
+    return pallas_tpu.preferred(op, spec_of(case), *shapes_of(case, op, dtype))
 
 
 @pytest.mark.parametrize(
@@ -343,7 +349,7 @@ def test_it_lowers_for_a_tpu(monkeypatch, view, op, x64):
     jax.clear_caches()  # of what was traced to be interpreted
     case = VIEWS[view]
     with jax.enable_x64(x64):
-        a, b = (jax.ShapeDtypeStruct((1, *x.shape), jnp.bfloat16) for x in case.operands(op))
+        a, b = shapes_of(case, op, jnp.bfloat16)
         function = jax.jit(getattr(pallas_tpu, op), static_argnums=0)
         lowered = function.trace(spec_of(case), a, b).lower(lowering_platforms=("tpu",))
     assert "tpu_custom_call" in lowered.as_text()
