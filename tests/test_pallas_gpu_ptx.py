@@ -1,15 +1,28 @@
 """The kernels of `pallas_gpu` as they are compiled for GPUs, executed without one.
 
-Interpret mode runs what the kernels say. This runs what XLA, Triton and LLVM make of it, with the
+test_pallas_gpu runs what the kernels say. This runs what XLA, Triton and LLVM make of it, with the
 masks, the vectors and the inline assembly that only the GPU has, and finds accesses out of bounds.
-Each case has a process of its own, which a compiler may abort.
+A compiler may abort: pytest-xdist then reports the test, and goes on in another process.
 """
 
-import sys
+import functools
+import math
+from unittest import mock
 
-import fresh_process
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from cases import OPS, SMALL, Case
+from covering import covering
+from figures import cuda, ptx
+
+from jax_dwbp._impl import pallas_gpu
+from jax_dwbp._spec import OPERANDS, ConvSpec, Op, canonicalize
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+every_op = pytest.mark.parametrize("op", OPS)
 
 # Channels enough for vectors, more than one block, and the edges of tiles.
 WIDE = (
@@ -43,66 +56,85 @@ LARGE = {
 CASES = {case.name: case for case in (*WIDE, *SMALL)}
 _HALVES = ("wide", "wide_7x7", "wide_multiplier2", "wide_5x5_stride2", "many_blocks", "one_channel")
 _ELSEWHERE = ("wide", "wide_5x5", "wide_stride2", "wide_multiplier2", "wide_13x13")
-RUNS = (
-    *((name, "float32", "sm_90a", 1) for name in CASES),
-    *((name, dtype, "sm_90a", 1) for name in _HALVES for dtype in ("bfloat16", "float16")),
-    *((name, dtype, "sm_80", 1) for name in _ELSEWHERE for dtype in ("float32", "bfloat16")),
-    *((name, dtype, "sm_100a", 1) for name in _ELSEWHERE for dtype in ("float32", "bfloat16")),
-    *((name, "float32", "sm_90a", 2) for name in ("wide", "wide_stride2", "wide_13x13")),
-)
+_PROBLEMS = ("wide", "wide_stride2", "wide_13x13")
 
 
 # The longest, so they come first.
 @pytest.mark.parametrize("name", LARGE)
-def test_large(name):
-    """Arrays just below the size where indices overflow, without any data."""
-    _run("large", name, "bfloat16", "sm_90a", "1")
+@every_op
+def test_large(name, op):
+    """Arrays just below the size where indices overflow, without any data.
+
+    Some blocks of the kernels run, among them the first and the last.
+    """
+    case, dtype, memories = LARGE[name], jnp.dtype("bfloat16"), []
+    spec = _spec(case, op)
+    shapes = {"x": case.input, "f": case.filter, "dy": case.output}
+    operands = [jax.ShapeDtypeStruct((1, *shapes[name]), dtype) for name in OPERANDS[op]]
+    assert pallas_gpu.unsupported(op, spec, "cuda", *operands) is None
+
+    def launch(kernel, *operands, result):
+        memory = _Nothing([o.size * o.dtype.itemsize for o in (*operands, result)])
+        memories.append(memory)
+        blocks = np.linspace(0, math.prod(kernel.grid) - 1, 5).astype(int).tolist()
+        ptx.run(kernel.kernel, kernel.grid, memory.addresses, memory, kernel.shared_bytes, blocks)
+        return jnp.zeros(result.shape, result.dtype)
+
+    with _launched(launch, "sm_90a"):
+        jax.jit(functools.partial(pallas_gpu._KERNELS[op], spec)).lower(*operands)
+    [memory] = memories
+    if op != "filter_grad":  # of which the last block may have nothing to do
+        np.testing.assert_array_equal(memory.reached, memory.sizes)
 
 
-@pytest.mark.parametrize(("name", "dtype", "target", "problems"), RUNS)
-def test_values(name, dtype, target, problems):
-    _run("values", name, dtype, target, str(problems))
+@pytest.mark.parametrize("name", CASES)
+@every_op
+def test_values(name, op):
+    _check(name, op)
 
 
-def _run(*arguments):
-    fresh_process.run(__file__, *arguments, JAX_PLATFORMS="cpu")
+@covering(name=_HALVES, dtype=("bfloat16", "float16"), op=OPS, apart=[("name", "op")])
+def test_halves(name, dtype, op):
+    _check(name, op, dtype)
 
 
-# ---- What runs in the process.
+@covering(
+    name=_ELSEWHERE,
+    target=("sm_80", "sm_100a"),
+    dtype=("float32", "bfloat16"),
+    op=OPS,
+    apart=[("name", "op")],
+)
+def test_other_targets(name, target, dtype, op):
+    _check(name, op, dtype, target)
 
 
-def _check_values(case, dtype, target, problems):
-    """Runs all on the CPU, but for the kernels, and those as they are compiled for `target`."""
-    for op in OPS:
-        operands = [case.operands(op, dtype, seed) for seed in range(problems)]
-        a, b = (np.stack(arrays) for arrays in zip(*operands, strict=True))
-        function = functools.partial(getattr(pallas_gpu, op), _spec(case, op))
-        kernels = []
-        pallas_call = functools.partial(_pallas_call, pl.pallas_call, target, kernels)
-        with mock.patch.object(pl, "pallas_call", pallas_call):
-            got = jax.jit(function)(a, b)
-        for i, (a, b) in enumerate(operands):
-            case.check(op, got[i], case.expected(op, a, b), dtype)
-        assert len(kernels) == 1, kernels
+@covering(name=_PROBLEMS, op=OPS, problems=(2,), apart=[("name", "op")])
+def test_problems(name, op, problems):
+    _check(name, op, problems=problems)
 
 
-def _check_large(case, dtype, target, problems):
-    """Runs some blocks of the kernels, among them the first and the last, on no data."""
-    for op in OPS:
-        spec = _spec(case, op)
-        shapes = {"x": case.input, "f": case.filter, "dy": case.output}
-        operands = [jax.ShapeDtypeStruct((problems, *shapes[name]), dtype) for name in OPERANDS[op]]
-        assert pallas_gpu.unsupported(op, spec, "cuda", *operands) is None
-        memories = []
-        pallas_call = functools.partial(_pallas_call_on_nothing, pl.pallas_call, target, memories)
-        with mock.patch.object(pl, "pallas_call", pallas_call):
-            jax.jit(functools.partial(getattr(pallas_gpu, op), spec)).lower(*operands)
-        [memory] = memories
-        if op != "filter_grad":  # of which the last block may have nothing to do
-            np.testing.assert_array_equal(memory.reached, memory.sizes)
+def _check(name, op, dtype="float32", target="sm_90a", problems=1):
+    """Runs the kernel as it is compiled for `target`, and what is around it on the CPU."""
+    case, kernels = CASES[name], []
+    operands = [case.operands(op, dtype, seed) for seed in range(problems)]
+
+    def launch(kernel, *operands, result):
+        kernels.append(kernel.kernel.name)
+        stored = np.empty(result.shape, result.dtype)
+        memory = ptx.Memory([np.asarray(o) for o in operands], [stored])
+        ptx.run(kernel.kernel, kernel.grid, memory.addresses, memory, kernel.shared_bytes)
+        return jnp.asarray(memory.outputs()[0])
+
+    with _launched(launch, target):
+        stacked = (jnp.asarray(np.stack(arrays)) for arrays in zip(*operands, strict=True))
+        got = pallas_gpu._KERNELS[op](_spec(case, op), *stacked)
+    assert len(kernels) == 1, kernels
+    for i, (a, b) in enumerate(operands):
+        case.check(op, got[i], case.expected(op, a, b), dtype)
 
 
-def _spec(case, op):
+def _spec(case: Case, op: Op) -> ConvSpec:
     return canonicalize(
         op,
         case.input,
@@ -118,80 +150,40 @@ def _spec(case, op):
     )
 
 
-def _pallas_call(pallas_call, target, kernels, kernel, *, out_shape, **options):
-    """Instead of `pallas_call`: a call back to the interpreter of what it is compiled to."""
+def _launched(launch, target: str):
+    """Within it a `pallas_call` is compiled for the target and is what `launch` makes of that."""
+    pallas_call = pl.pallas_call
 
-    def call(*operands):
-        launch = _compile(pallas_call(kernel, out_shape=out_shape, **options), operands, target)
-        kernels.append(launch.kernel.name)
+    def replaced(kernel, *, out_shape, **options):
+        def call(*operands):
+            shapes = [jax.ShapeDtypeStruct(o.shape, o.dtype) for o in operands]
+            function = pallas_call(kernel, out_shape=out_shape, **options)
+            [compiled] = cuda.compile_program(function, shapes, cuda.TARGETS[target]).launches
+            return launch(compiled, *operands, result=out_shape)
 
-        def run(*operands):
-            result = np.empty(out_shape.shape, out_shape.dtype)
-            memory = ptx.Memory([np.asarray(o) for o in operands], [result])
-            ptx.run(launch.kernel, launch.grid, memory.addresses, memory, launch.shared_bytes)
-            return memory.outputs()[0]
+        return call
 
-        shape = jax.ShapeDtypeStruct(out_shape.shape, out_shape.dtype)
-        return jax.pure_callback(run, shape, *operands)
-
-    return call
+    return mock.patch.object(pl, "pallas_call", replaced)
 
 
-def _pallas_call_on_nothing(pallas_call, target, memories, kernel, *, out_shape, **options):
-    def call(*operands):
-        launch = _compile(pallas_call(kernel, out_shape=out_shape, **options), operands, target)
-        memory = _Nothing([o.size * o.dtype.itemsize for o in (*operands, out_shape)])
-        memories.append(memory)
-        blocks = np.linspace(0, math.prod(launch.grid) - 1, 5).astype(int).tolist()
-        ptx.run(launch.kernel, launch.grid, memory.addresses, memory, launch.shared_bytes, blocks)
-        return jnp.zeros(out_shape.shape, out_shape.dtype)
+class _Nothing(ptx.Memory):
+    """Arrays of these sizes, the last of them the result, that there is no memory for."""
 
-    return call
+    def __init__(self, sizes):
+        super().__init__([], [])
+        self.sizes = self._sizes = np.array(sizes)
+        self.reached = np.zeros(len(sizes), np.int64)  # the end of what was accessed
+        self._first_output, self._starts = len(sizes) - 1, np.zeros(len(sizes), np.int64)
+        self.addresses = [(i + 1) * self._SPACING for i in range(len(sizes))]
 
+    def load(self, addresses, active, count, dtype):
+        self._access(addresses[active], count, dtype, first=0)
+        return [np.zeros(active.shape, dtype)] * count
 
-def _compile(function, operands, target):
-    shapes = [jax.ShapeDtypeStruct(o.shape, o.dtype) for o in operands]
-    [launch] = cuda.compile_program(function, shapes, target).launches
-    return launch
+    def store(self, addresses, active, values):
+        self._access(addresses[active], len(values), values[0].dtype, self._first_output)
 
-
-if __name__ == "__main__":
-    import functools
-    import math
-    from unittest import mock
-
-    import conftest  # noqa: F401  as in all tests
-    import jax
-    import jax.experimental.pallas as pl
-    import jax.numpy as jnp
-    import numpy as np
-    from figures import cuda, ptx
-
-    from jax_dwbp._impl import pallas_gpu
-    from jax_dwbp._spec import OPERANDS, canonicalize
-
-    class _Nothing(ptx.Memory):
-        """Arrays of these sizes, the last of them the result, that there is no memory for."""
-
-        def __init__(self, sizes):
-            super().__init__([], [])
-            self.sizes = self._sizes = np.array(sizes)
-            self.reached = np.zeros(len(sizes), np.int64)  # the end of what was accessed
-            self._first_output, self._starts = len(sizes) - 1, np.zeros(len(sizes), np.int64)
-            self.addresses = [(i + 1) * self._SPACING for i in range(len(sizes))]
-
-        def load(self, addresses, active, count, dtype):
-            self._access(addresses[active], count, dtype, first=0)
-            return [np.zeros(active.shape, dtype)] * count
-
-        def store(self, addresses, active, values):
-            self._access(addresses[active], len(values), values[0].dtype, self._first_output)
-
-        def _access(self, addresses, count, dtype, first):
-            self._index(addresses, np.ones(addresses.shape, bool), count, dtype, first)
-            buffers, offsets = np.divmod(addresses, self._SPACING)
-            np.maximum.at(self.reached, buffers - 1, offsets + count * dtype.itemsize)
-
-    what, name, dtype, target, problems = sys.argv[1:]
-    check = {"values": _check_values, "large": _check_large}[what]
-    check((CASES | LARGE)[name], dtype, cuda.TARGETS[target], int(problems))
+    def _access(self, addresses, count, dtype, first):
+        self._index(addresses, np.ones(addresses.shape, bool), count, dtype, first)
+        buffers, offsets = np.divmod(addresses, self._SPACING)
+        np.maximum.at(self.reached, buffers - 1, offsets + count * dtype.itemsize)
