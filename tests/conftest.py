@@ -13,6 +13,7 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import covering
 import jax
 import pytest
+import quick
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -37,6 +38,10 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     covering.whole = config.getoption("--whole")
+
+
+def pytest_collection_modifyitems(items):
+    quick.mark(items)
 
 
 @pytest.fixture
