@@ -8,13 +8,13 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import pytest
-
 whole = False  # conftest.py sets it
 
 
 def covering(*, apart: Iterable[tuple[str, str]] = (), **axes: Sequence[Any]):
     """`parametrize` by a sample of `axes`."""
+    import pytest  # which who only samples need not have
+
     rows = sample(apart=apart, **axes)
     return pytest.mark.parametrize(tuple(axes), rows, ids=lambda value: str(value))
 
