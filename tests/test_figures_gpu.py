@@ -1,13 +1,13 @@
 """`python tests/figures gpu`: how it counts, what it accepts, and its errors."""
 
-import dataclasses
 import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from figures import cuda, gpu, ptx, sass
+from cases import OPS
+from figures import cuda, gpu, ptx, sass, workers
 
 H100 = cuda.TARGETS["sm_90a"]
 
@@ -259,16 +259,20 @@ def measured(monkeypatch, tmp_path):
     """What is measured of a case: `ROW` with these changes, or this failure."""
     results = {}
 
-    def measure(case, op, targets, costed, xla_taps):
+    def measure(case, op, target, is_costed, xla_taps):
         found = results.get(case.name, {})
         if isinstance(found, str):
-            return found
+            return None, found
         found = {"xla_taps": 2.5 if xla_taps else None} | found
-        assert set(costed) <= set(targets)
-        return [ROW | {"case": case.name, "op": op, "target": t} | found for t in costed]
+        row = ROW | {"case": case.name, "op": op, "target": target} | found
+        return (row if is_costed else None), None
+
+    def run_jobs(function, jobs, environment, timeout):
+        assert function is gpu._measure and environment["JAX_PLATFORMS"] == "cpu"
+        return (measure(*job) for job in jobs)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gpu, "_isolated", measure)
+    monkeypatch.setattr(workers, "run", run_jobs)
     monkeypatch.setattr(cuda, "missing", lambda: None)
     monkeypatch.setattr(cuda, "versions", lambda: {"ptxas": "13.0"})
     return results
@@ -282,7 +286,7 @@ def test_table(measured, capsys):
     arguments = ("--filter=k[35] s1 float32", "--ops=forward", "--targets=sm_80,sm_90a")
     assert run(*arguments, "--json=cost.json") == 0
     out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 2 + 2 * err.count("\n")
+    assert len(out.splitlines()) == 2 + err.count("\n")
     assert "| 56x56x144 k5 s1 float32 | forward | sm_80 | 1.10 | l1 | 14.2 | 128 | 0 | 16 |" in out
     found = json.loads(Path("cost.json").read_text())
     assert found["meta"]["versions"]["ptxas"] == "13.0"
@@ -315,35 +319,33 @@ def test_check(measured, capsys, change, message):
 
 def test_check_only_compiles_for_other_targets(measured, capsys):
     assert run("--check") == 0
-    _, _, *rows = capsys.readouterr().out.splitlines()
+    out, err = capsys.readouterr()
+    _, _, *rows = out.splitlines()
     assert len(rows) == 3 * len(gpu.CASES) and all("| sm_90a |" in row for row in rows)
+    # Each case for one of them, and each op for each of them.
+    others = [line for line in err.splitlines() if not line.endswith("sm_90a")]
+    assert all(any(case.name in line for line in others) for case in gpu.CASES)
+    found = {(re.split("[ ,]", line)[1], line.split(", ")[-1]) for line in others}
+    assert found == {(op, target) for op in OPS for target in ("sm_80", "sm_100a")}
 
 
 def test_measure_only_compiles_for_other_targets(monkeypatch):
     compiled = []
     monkeypatch.setattr(cuda, "compile_program", lambda f, shapes, target: compiled.append(target))
     monkeypatch.setattr(gpu, "_cost", lambda *_: {"instructions": 1.0})
-    rows = gpu._measure(gpu.CASES[0], "forward", ["sm_80", "sm_90a"], ["sm_90a"], xla_taps=False)
+    assert gpu._measure(gpu.CASES[0], "forward", "sm_80", False, False) is None
+    row = gpu._measure(gpu.CASES[0], "forward", "sm_90a", True, False)
     assert [target.arch for target in compiled] == ["sm_80", "sm_90a"]
-    assert [row["target"] for row in rows] == ["sm_90a"]
+    assert row and (row["target"], row["xla_taps"]) == ("sm_90a", None)
 
 
 def test_failing_case(measured, capsys):
     measured["56x56x144 k31 s1 float32"] = "exit status -6: ptxas aborted"
     assert run("--ops=forward", "--targets=sm_90a", "--json=cost.json") == 1
     out, err = capsys.readouterr()
-    assert "forward, 56x56x144 k31 s1 float32: exit status -6: ptxas aborted" in err
+    assert "forward, 56x56x144 k31 s1 float32, sm_90a: exit status -6: ptxas aborted" in err
     assert len(out.splitlines()) == 2 + len(gpu.CASES) - 1
     assert len(json.loads(Path("cost.json").read_text())["meta"]["failures"]) == 1
-
-
-def test_process_that_fails():
-    """The case is none of those that the process knows."""
-    case = gpu.CASES[0]
-    unknown = gpu.Case(dataclasses.replace(case.layer, name="unknown"), case.dtype)
-    result = gpu._isolated(unknown, "forward", ["sm_90a"], ["sm_90a"], True)
-    assert isinstance(result, str)
-    assert result.startswith("exit status 1: ")
 
 
 @pytest.mark.parametrize(

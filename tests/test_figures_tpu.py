@@ -80,6 +80,42 @@ def test_limits():
     assert "a 20th" in failure
 
 
+def jobs(*arguments):
+    values = tpu._flag_values()
+    values(["tpu", "--implementations=pallas_tpu", *arguments])
+    return tpu._jobs(values)
+
+
+def test_what_is_checked():
+    sample, whole = jobs("--check"), jobs("--check", "--all")
+    assert len(sample) < len(whole) / 3 and set(sample) < set(whole)
+    assert len(set(sample)) == len(sample)
+    # What has a limit has it on the first chip, and some of that on each of the others.
+    limited = {p for kind, p, _ in whole if kind == "table" and tpu._factor(p)}
+    checked = limited & {p for kind, p, _ in sample if kind == "table"}
+    assert {p for p in limited if p.chip == "v5e"} < checked
+    assert {(p.chip, p.layer.kernel) for p in limited} == {
+        (p.chip, p.layer.kernel) for p in checked
+    }
+    # Pairs, of which networks of the table have but one each.
+    pairs = [("layer", "op"), ("layer", "chip"), ("layer", "dtype"), ("op", "chip")]
+    for kind in ("table", "matrix"):
+        for a, b in pairs:
+            found, every = (
+                {(getattr(p, a), getattr(p, b)) for k, p, _ in some if k == kind}
+                for some in (sample, whole)
+            )
+            assert found == every
+    layers, every = ({p.layer for k, p, _ in x if k == "network"} for x in (sample, whole))
+    assert layers == every
+
+
+def test_a_table_is_of_all():
+    assert jobs() == [
+        ("table", p, "pallas_tpu") for kind, p, _ in jobs("--check", "--all") if kind == "table"
+    ]
+
+
 def test_what_moves_around_the_kernel():
     entry = """
 ENTRY %main (x: bf16[8,4,4,128]) -> bf16[8,4,4,128] {

@@ -25,30 +25,29 @@ xla_taps is in the table for comparison where its filters are small enough to co
 and "fails" where XLA can't compile it; --noxla_taps leaves it out. XLA's own convolution is not: it
 calls cuDNN, and that can't compile anything without a GPU.
 
-The exit status is 1 if a case fails or, with --check, is beyond what is accepted of an H100, and 2
-if the command line can't run.
+--check is of an H100; for another GPU each case and each op is only compiled, in turn. The exit
+status is 1 if a case fails or, with --check, is beyond what is accepted, and 2 if the command line
+can't run.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+import covering
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from figures import cuda, ptx, sass
+from figures import cuda, ptx, sass, workers
 from jax_dwbp import _command_line, bench
 from jax_dwbp._spec import OPERANDS, ConvSpec, Op, canonicalize
 
@@ -59,6 +58,7 @@ _MAX_TAPS = 49  # beyond which xla_taps is not compiled
 _CHECKED = "sm_90a"
 _MIN_WARPS = 12
 _MAX_COMPILE_SECONDS = 10.0
+_TIMEOUT = 900  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,14 +233,14 @@ def _resident_warps(threads: int, registers: int, shared: int, target: cuda.Targ
     return min(by_registers, by_shared, target.warps // warps, target.blocks) * warps
 
 
-# ---- A case, in a process of its own.
+# ---- A case, in a process that a compiler may abort.
+
+_Job = tuple[Case, Op, str, bool, bool]
 
 
-def _measure(
-    case: Case, op: Op, targets: Sequence[str], costed: Sequence[str], xla_taps: bool
-) -> list[_Row]:
-    """Compiles for all `targets`, and says what it costs on those that are `costed`."""
-    spec = case.spec
+def _measure(case: Case, op: Op, arch: str, is_costed: bool, xla_taps: bool) -> _Row | None:
+    """Compiles for a target, and says what it costs there if it `is_costed`."""
+    spec, target = case.spec, cuda.TARGETS[arch]
     dtype = jnp.dtype(case.dtype)
     channels, multiplier = spec.channels, spec.multiplier
     shapes = {
@@ -249,24 +249,22 @@ def _measure(
         "dy": (1, _BATCH, *spec.out_spatial, channels * multiplier),
     }
     operands = [jax.ShapeDtypeStruct(shapes[name], dtype) for name in OPERANDS[op]]
+    program = cuda.compile_program(_function("pallas_gpu", op, spec), operands, target)
+    if not is_costed:
+        return None
     moved = sum(map(math.prod, shapes.values())) * dtype.itemsize
     outputs = math.prod(shapes[{"forward": "dy", "input_grad": "x", "filter_grad": "dy"}[op]])
-    rows = []
-    for target in map(cuda.TARGETS.__getitem__, targets):
-        program = cuda.compile_program(_function("pallas_gpu", op, spec), operands, target)
-        if target.arch not in costed:
-            continue
-        row = {
-            "case": case.name,
-            "op": op,
-            "target": target.arch,
-            "batch": _BATCH,
-            **_cost(program, target, moved),
-        }
-        row["instructions_per_output"] = row.pop("instructions") / outputs
-        row["xla_taps"] = _peer(op, spec, operands, target, moved) if xla_taps else None
-        rows.append(row)
-    return rows
+    costs = _cost(program, target, moved)
+    per_output = costs.pop("instructions") / outputs
+    return {
+        "case": case.name,
+        "op": op,
+        "target": arch,
+        "batch": _BATCH,
+        **costs,
+        "instructions_per_output": per_output,
+        "xla_taps": _peer(op, spec, operands, target, moved) if xla_taps else None,
+    }
 
 
 def _peer(op: Op, spec: ConvSpec, operands, target: cuda.Target, moved: int) -> float | str | None:
@@ -283,27 +281,6 @@ def _peer(op: Op, spec: ConvSpec, operands, target: cuda.Target, moved: int) -> 
 def _function(implementation: str, op: Op, spec: ConvSpec) -> Callable[..., jax.Array]:
     module = importlib.import_module(f"jax_dwbp._impl.{implementation}")
     return functools.partial(getattr(module, op), spec)
-
-
-def _child(name: str, *arguments: Any) -> None:
-    [case] = (case for case in CASES if case.name == name)
-    print(json.dumps(_measure(case, *arguments)))
-
-
-def _isolated(case: Case, *arguments: Any) -> list[_Row] | str:
-    """Measures in a process of its own, which a compiler may abort, or says what went wrong."""
-    code = f"from figures import gpu; gpu._child(*{(case.name, *arguments)!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        # Where there is a GPU, it is not asked.
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return f"exit status {done.returncode}: {' '.join(lines[-2:])[-500:]}"
 
 
 # ---- The report.
@@ -380,6 +357,18 @@ def _flag_values() -> flags.FlagValues:
     return values
 
 
+def _jobs(values: flags.FlagValues, cases, ops, targets) -> list[_Job]:
+    """What is not checked is only compiled: each case for one of the targets, in turn."""
+    if not values.check:
+        every = itertools.product(cases, ops, targets)
+        return [(*job, True, values.xla_taps) for job in every]
+    others = [target for target in targets if target != _CHECKED]
+    apart = [("case", "op"), ("case", "target")]
+    compiled = covering.sample(apart=apart, case=cases, op=ops, target=others)
+    jobs = [(*job, _CHECKED, True, values.xla_taps) for job in itertools.product(cases, ops)]
+    return jobs + [(*job, False, False) for job in compiled]
+
+
 def _run(values: flags.FlagValues) -> int:
     cases = _command_line.found(values.filter, "cases", CASES)
     ops = _command_line.chosen("ops", values.ops, list(OPERANDS))
@@ -390,18 +379,16 @@ def _run(values: flags.FlagValues) -> int:
     if reason := cuda.missing():
         raise flags.Error(reason)
 
-    costed = [_CHECKED] if values.check else targets
-    jobs = [(case, op, targets, costed, values.xla_taps) for case in cases for op in ops]
+    jobs = _jobs(values, cases, ops, targets)
     rows: list[_Row] = []
     failures = []
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(lambda job: _isolated(*job), jobs)
-        for i, ((case, op, *_), result) in enumerate(zip(jobs, results, strict=True), 1):
-            print(f"{i}/{len(jobs)} {op}, {case.name}", file=sys.stderr)
-            if isinstance(result, str):
-                failures.append(f"{op}, {case.name}: {result}")
-            else:
-                rows += result
+    results = workers.run(_measure, jobs, {"JAX_PLATFORMS": "cpu"}, _TIMEOUT)
+    for i, ((case, op, arch, *_), (row, error)) in enumerate(zip(jobs, results, strict=True), 1):
+        print(f"{i}/{len(jobs)} {op}, {case.name}, {arch}", file=sys.stderr)
+        if error is not None:
+            failures.append(f"{op}, {case.name}, {arch}: {error}")
+        elif row is not None:
+            rows.append(row)
     if values.check:
         for row in rows:
             failures += [f"{row['op']}, {row['case']}: {text}" for text in _violations(row)]

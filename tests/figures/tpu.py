@@ -11,12 +11,12 @@ of the cycles or HBM, whichever is greater. Every implementation gets its operan
 that it likes.
 
 --check also compiles a matrix of diverse specs and a network of three layers, and fails unless the
-limits that this package states hold. The exit status is 1 if a limit or a compilation fails, and 2
-if the command line can't run. libtpu has to be installed; it may abort, so that every layer has a
-process of its own.
+limits that this package states hold. It takes a sample, which has each layer with each op and on
+each chip, and what has a limit on the first chip; --all is for the whole product. The exit status
+is 1 if a limit or a compilation fails, and 2 if the command line can't run. libtpu has to be
+installed; it may abort, which fails what it was compiling and nothing else.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import glob
@@ -26,17 +26,17 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import covering
 import jax
 import jax.numpy as jnp
 from absl import flags
 
+from figures import workers
 from jax_dwbp import _command_line
 from jax_dwbp._impl import lax, pallas_tpu, xla_taps
 from jax_dwbp._spec import OPERANDS, ConvSpec, Op, canonicalize
@@ -303,94 +303,61 @@ def _moved(text: str, activation: int) -> list[str]:
     return found
 
 
-# ---- A process for each layer. It prints a line of JSON for each figure, as libtpu may abort.
+# ---- What the processes do, which libtpu may abort.
 
-_KEY = ("chip", "dtype", "op", "implementation")
-
-
-def _child() -> None:
-    task = json.loads(sys.argv[1])
-    layer = Layer(**{k: _tuples(v) for k, v in task["layer"].items()})
-    for chip, dtype, op in itertools.product(task["chips"], task["dtypes"], task["ops"]):
-        problem = Problem(layer, op, chip, dtype)
-        for name in _names(task, op):
-            try:
-                value: Any = None
-                if task["kind"] == "network":
-                    value = _network_copies(problem)
-                elif task["kind"] == "table":
-                    value = _measure(problem, name, task["dump"])
-                else:
-                    _compile_op(problem, name)
-                row = {"value": value}
-            except ValueError as error:
-                row = {"unknown": _first_line(error)}
-            except Exception as error:  # whatever libtpu and Mosaic raise
-                row = {"error": _first_line(error)}
-            key = {"chip": chip, "dtype": dtype, "op": op, "implementation": name}
-            print(json.dumps({**key, **row}), flush=True)
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    # What a machine with TPUs tells libtpu of itself.
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
-def _names(task: dict[str, Any], op: str) -> list[str]:
-    peers = task["layer"]["lax"] if isinstance(task["layer"], dict) else task["layer"].lax
-    return [name for name in task["names"] if name != "lax" or op in peers]
+@functools.cache
+def _dump(directory: str) -> str:
+    """Where this process has its listings. libtpu reads what it does as it is loaded."""
+    dump = tempfile.mkdtemp(dir=directory)
+    os.environ["LIBTPU_INIT_ARGS"] = (
+        f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
+        "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
+    )
+    return dump
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+def _figure(kind: str, problem: Problem, name: str, directory: str) -> dict[str, Any]:
+    dump = _dump(directory)
+    try:
+        if kind == "table":
+            return {"value": _measure(problem, name, dump)}
+        if kind == "network":
+            return {"value": _network_copies(problem)}
+        _compile_op(problem, name)
+        return {"value": None}
+    except ValueError as error:
+        return {"unknown": f"ValueError: {' '.join(str(error).split())[:300]}"}
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+_Job = tuple[str, Problem, str]  # the kind, and the name of the implementation
 
 
-def _run_child(task: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each chip, dtype, op and implementation, with a value or with an error."""
-    with tempfile.TemporaryDirectory() as dump:
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            # What a machine with TPUs tells libtpu of itself.
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "TPU_WORKER_ID": "0",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "PYTHONPATH": str(Path(__file__).parents[1]),
-        }
-        if task["kind"] == "table":
-            environment["LIBTPU_INIT_ARGS"] = (
-                f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
-                "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
-            )
-        command = [sys.executable, "-c", "from figures.tpu import _child; _child()"]
-        layer = dataclasses.asdict(task["layer"])
-        argument = json.dumps({**task, "layer": layer, "dump": dump})
-        process = subprocess.Popen(
-            [*command, argument],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        try:
-            output, _ = process.communicate(timeout=_TIMEOUT)
-            ended = f"its process ended with {process.returncode}"
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, _ = process.communicate()
-            ended = f"it took more than {_TIMEOUT} s"
-    found = [json.loads(line) for line in output.splitlines()]
-    rows = {tuple(row[key] for key in _KEY): row for row in found}
-    return [
-        {
-            "layer": task["layer"],
-            **dict(zip(_KEY, key, strict=True)),
-            **rows.get(key, {"error": ended}),
-        }
-        for *key_, op in itertools.product(task["chips"], task["dtypes"], task["ops"])
-        for name in _names(task, op)
-        for key in [(*key_, op, name)]
-    ]
+def _run_jobs(jobs: Sequence[_Job]) -> Iterator[dict[str, Any]]:
+    """A row for each, with a value or with an error."""
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = [(*job, directory) for job in jobs]
+        found = workers.run(_figure, arguments, _ENVIRONMENT, _TIMEOUT)
+        for i, ((kind, problem, name), (row, error)) in enumerate(zip(jobs, found, strict=True), 1):
+            print(f"{i}/{len(jobs)} {kind} {problem}", file=sys.stderr)
+            yield {
+                "layer": problem.layer,
+                "chip": problem.chip,
+                "dtype": problem.dtype,
+                "op": problem.op,
+                "implementation": name,
+                **({"error": error} if error else row),
+            }
 
 
 # ---- What the figures are checked against.
@@ -403,17 +370,10 @@ def _table_failures(rows: Sequence[dict[str, Any]]) -> list[str]:
         ours, lax_cycles = (figures.get(name, {}).get("value") for name in ("pallas_tpu", "lax"))
         if ours is None:
             continue
-        layer = problem.layer
         limits = {"lax, as it is preferred to it": lax_cycles} if _preferred(problem) else {}
-        factor = {(3, 3): 1.5, (7, 7): 1.25}.get(layer.kernel)
-        if (
-            layer.strides == (1, 1)
-            and layer.multiplier == 1
-            and factor
-            and problem.op != "filter_grad"
-        ):
+        if factor := _factor(problem):
             limits[f"{factor} times the VALU floor"] = factor * problem.valu_floor
-        if layer.multiplier > 1 and problem.op == "input_grad" and lax_cycles:
+        if problem.layer.multiplier > 1 and problem.op == "input_grad" and lax_cycles:
             limits["a 20th of lax"] = lax_cycles / 20
         failures += [
             f"{problem}: {ours:.2f} issue cycles are more than {limit:.2f}, {what}"
@@ -421,6 +381,14 @@ def _table_failures(rows: Sequence[dict[str, Any]]) -> list[str]:
             if limit is not None and ours > limit
         ]
     return failures
+
+
+def _factor(problem: Problem) -> float | None:
+    """The multiple of the VALU floor that is accepted."""
+    if problem.layer.strides != (1, 1) or problem.layer.multiplier > 1:
+        return None
+    factor = {(3, 3): 1.5, (7, 7): 1.25}.get(problem.layer.kernel)
+    return None if problem.op == "filter_grad" else factor
 
 
 def _preferred(problem: Problem) -> bool:
@@ -473,10 +441,64 @@ def _flag_values() -> flags.FlagValues:
         f"Out of {','.join(_IMPLEMENTATIONS)}; XLA's compile slowly.",
         **options,
     )
-    flags.DEFINE_bool("check", False, "Check the limits, and compile a matrix.", **options)
+    check = "Check the limits, of a sample of the problems, and compile a matrix."
+    flags.DEFINE_bool("check", False, check, **options)
+    flags.DEFINE_bool("all", False, "Check all the problems instead.", **options)
     flags.DEFINE_string("json", None, "A file for all figures.", **options)
     flags.DEFINE_bool("help", False, "Show this.", short_name="h", **options)
     return values
+
+
+def _jobs(values: flags.FlagValues) -> list[_Job]:
+    """A check is of a sample of the table, and of a matrix and networks."""
+    found = [layer for layer in TABLE if re.search(values.filter, layer.name)]
+    table = _problems(values, TABLE, values.ops)
+    if values.check:
+        table += _limited(values, table, found)
+    jobs: list[_Job] = [
+        ("table", problem, name)
+        for problem in table
+        for name in values.implementations
+        if name != "lax" or problem.op in problem.layer.lax
+    ]
+    if values.check:
+        both = [op for op in values.ops if op != "filter_grad"]
+        networks = _problems(values, NETWORKS, both)
+        # Each chip has had those, so that one has to have each of the others, and one op.
+        large = (layer for layer in found if layer.input[0] >= 8)
+        for layer, chip, op in zip(large, itertools.cycle(values.chips), itertools.cycle(both)):
+            ops = both if values.all else [op]
+            networks += [Problem(layer, op, chip, layer.dtype) for op in ops]
+        matrix = _problems(values, MATRIX, values.ops, ("float32", "bfloat16"))
+        jobs += [("matrix", problem, "pallas_tpu") for problem in matrix]
+        jobs += [("network", problem, "pallas_tpu") for problem in networks]
+    return jobs
+
+
+def _problems(values: flags.FlagValues, layers, ops, dtypes=(None,)) -> list[Problem]:
+    """Of the layers that are asked for; if some are checked, a sample that has each pair."""
+    layers = [layer for layer in layers if re.search(values.filter, layer.name)]
+    axes = {"layer": layers, "op": ops, "chip": values.chips, "dtype": dtypes}
+    whole = values.all or not values.check
+    rows: Any = itertools.product(*axes.values()) if whole else covering.sample(**axes)
+    return [Problem(layer, op, chip, dtype or layer.dtype) for layer, op, chip, dtype in rows]
+
+
+def _limited(values: flags.FlagValues, known: list[Problem], layers) -> list[Problem]:
+    """What has a limit on the first chip, and one of each kind on each of the others."""
+
+    def has_limit(problem: Problem) -> bool:
+        beside_lax = "lax" in values.implementations and problem.op in problem.layer.lax
+        return _factor(problem) is not None or (beside_lax and _preferred(problem))
+
+    more: list[Problem] = []
+    kinds = {(problem.chip, problem.layer.kernel) for problem in known if has_limit(problem)}
+    for layer, op, chip in itertools.product(layers, values.ops, values.chips):
+        problem, kind = Problem(layer, op, chip, layer.dtype), (chip, layer.kernel)
+        if has_limit(problem) and (chip == values.chips[0] or kind not in kinds):
+            kinds.add(kind)
+            more.append(problem)
+    return [problem for problem in more if problem not in known]
 
 
 def _run(values: flags.FlagValues) -> int:
@@ -488,43 +510,12 @@ def _run(values: flags.FlagValues) -> int:
     if importlib.util.find_spec("libtpu") is None:
         raise flags.Error("libtpu, which compiles for TPUs, is not installed")
 
-    def tasks(
-        kind: str,
-        layers: Sequence[Layer],
-        names: Sequence[str],
-        dtypes: Sequence[str],
-        ops: Sequence[str],
-        chips: Sequence[str] = values.chips,
-    ):
-        return [
-            {
-                "kind": kind,
-                "layer": layer,
-                "chips": chips,
-                "dtypes": dtypes or [layer.dtype],
-                "ops": ops,
-                "names": names,
-            }
-            for layer in layers
-            if re.search(values.filter, layer.name)
-        ]
-
-    todo = tasks("table", TABLE, values.implementations, [], values.ops)
-    if values.check:
-        todo += tasks("matrix", MATRIX, ["pallas_tpu"], ["float32", "bfloat16"], values.ops)
-        ops = [op for op in values.ops if op != "filter_grad"]
-        todo += tasks("network", NETWORKS, ["pallas_tpu"], [], ops)
-        # Each chip has had those, so that one has to have each of the others.
-        for i, layer in enumerate(layer for layer in TABLE if layer.input[0] >= 8):
-            chip = values.chips[i % len(values.chips)]
-            todo += tasks("network", [layer], ["pallas_tpu"], [], ops, [chip])
-    if not todo:
+    jobs = _jobs(values)
+    if not jobs:
         raise flags.Error(f"--filter={values.filter}: found in none of the layers")
     rows: dict[str, list[dict[str, Any]]] = {"table": [], "matrix": [], "network": []}
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i, (task, figures) in enumerate(zip(todo, pool.map(_run_child, todo), strict=True), 1):
-            print(f"{i}/{len(todo)} {task['kind']} {task['layer'].name}", file=sys.stderr)
-            rows[task["kind"]] += figures
+    for (kind, *_), row in zip(jobs, _run_jobs(jobs), strict=True):
+        rows[kind].append(row)
 
     _print_table(rows["table"])
     every = [row for figures in rows.values() for row in figures]
