@@ -182,6 +182,7 @@ EMPTY = (
     Case("no_rows", (2, 0, 6, 3), (3, 3, 3, 2)),
     Case("no_filter_rows", (2, 5, 6, 3), (0, 3, 3, 2)),
     Case("no_filter_rows_valid", (2, 5, 6, 3), (0, 3, 3, 2), padding="VALID"),
+    Case("no_filter_rows_dilated", (2, 5, 6, 3), (0, 3, 3, 2), padding="VALID", dilations=(2, 1)),
     Case("no_output", (2, 5, 6, 3), (6, 7, 3, 2), padding="VALID"),
     Case("overhang_below_stride", (2, 5, 6, 3), (7, 7, 3, 2), (3, 3), "VALID"),
     Case("overhang_below_two_strides", (2, 5, 6, 3), (9, 9, 3, 2), (3, 3), "VALID"),

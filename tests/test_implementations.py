@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from cases import DEFAULT_ON_CPU, IMPLEMENTATIONS, OPS, Case
 
@@ -39,6 +40,15 @@ def test_defaults(op):
     assert selection(CASE, op, "rocm").runs == "lax"
     large = dataclasses.replace(CASE, filter=(9, 9, 2, 1))
     assert selection(large, op, "cuda").runs == "lax"
+
+
+def test_vectors_are_static():
+    """Sizes in floats too, as TensorFlow takes them: an array of one dimension is never traced."""
+    f, dy = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in CASE.operands("input_grad"))
+    backprop_input = jax_dwbp.depthwise_conv2d_native_backprop_input
+    sizes = np.array(CASE.input, np.float32)
+    [found] = jax_dwbp.implementations(backprop_input, sizes, f, dy, (1, 1), "SAME")
+    assert found.op == "input_grad"
 
 
 def test_limits_of_xla_taps():

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from cases import OPS, SMALL, Case
 
 import jax_dwbp
+from jax_dwbp._spec import PRECISIONS
 
 CASE = SMALL[1]
 every_op = pytest.mark.parametrize("op", OPS)
@@ -171,6 +173,28 @@ def test_default_matmul_precision_is_part_of_the_call():
     assert "HIGHEST" in traced.lower(lowering_platforms=("tpu",)).as_text()
     plain = jax.jit(call("forward", implementation="lax")).trace(a, b)
     assert "HIGHEST" not in plain.lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize("name", [*PRECISIONS, jax.lax.Precision.HIGH, ("highest", "default")])
+def test_precision_is_that_of_lax(name):
+    """By each of the names that it has there, given or configured."""
+
+    def of_lax(x, f):
+        return jax.lax.conv(x, f, (1, 1), "SAME", precision=name)
+
+    def precision(function, *shapes):
+        structs = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+        text = jax.jit(function).trace(*structs).lower(lowering_platforms=("tpu",)).as_text()
+        [found] = re.findall(r"precision_config = \[(.*?)\]", text)
+        return found
+
+    want = precision(of_lax, (1, 1, 5, 6), (1, 1, 3, 3))
+    shapes = CASE.input, CASE.filter
+    run = functools.partial(CASE.run, "forward", implementation="lax")
+    assert precision(functools.partial(run, precision=name), *shapes) == want
+    if isinstance(name, str) and name not in ("fastest", "bfloat16_3x"):  # no configuration's
+        with jax.default_matmul_precision(name):
+            assert precision(run, *shapes) == want
 
 
 @every_op
