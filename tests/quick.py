@@ -1,4 +1,4 @@
-"""The quick tests: of each function named here, a case of each op with each implementation.
+"""The quick tests: of each function named here, a case of each op, implementation and layout.
 
 `pytest -m quick` runs them, in a minute, to be asked after each edit. They are one of everything:
 values, each transformation, errors, kernels, the command line. All that is left is the whole suite.
@@ -10,7 +10,7 @@ import pytest
 
 FUNCTIONS = {
     "test_batching.py": (
-        "test_channels_first",
+        "test_each_axis_by_name",
         "test_shared_filter_is_one_call_on_the_folded_batch",
     ),
     "test_conv_general_dilated.py": ("test_depthwise", "test_other_calls_go_to_lax"),
@@ -23,14 +23,14 @@ FUNCTIONS = {
     "test_pallas.py": ("test_values", "test_vmap"),
     "test_pallas_gpu.py": ("test_lowered_without_a_gpu",),
     "test_pallas_tpu.py": ("test_it_lowers_for_a_tpu",),
-    "test_partition.py": ("test_batch_and_channels_send_nothing",),
+    "test_partition.py": ("test_nothing_is_sent_by_name",),
     "test_quick.py": ("test_functions",),
-    "test_sharding.py": ("test_values_and_gradients",),
+    "test_sharding.py": ("test_values_and_gradients_by_name",),
     "test_transformations.py": ("test_scan_with_checkpoint",),
-    "test_values.py": ("test_small", "test_channels_first", "test_empty"),
+    "test_values.py": ("test_small", "test_empty"),
 }
 # What a function has a case of each of; of all else that it is parametrized with it has one.
-AXES = ("op", "implementation", "kernel")
+AXES = ("op", "implementation", "kernel", "data_format")
 
 
 def mark(items: Iterable[pytest.Item]) -> None:
