@@ -133,6 +133,44 @@ def test_dense_gradients(padding, size):
         np.testing.assert_allclose(g, w, rtol=1e-12, atol=1e-12)
 
 
+def test_dilated_dense_gradients():
+    """Which TensorFlow has on no CPU."""
+    rng = np.random.default_rng(0)
+    x, f = rng.normal(size=(2, 9, 10, 4)), rng.normal(size=(3, 2, 4, 5))
+    dy = rng.normal(size=(2, 5, 7, 5))
+    attributes = {"strides": (1,) * 4, "padding": "VALID", "dilations": (1, 2, 3, 1)}
+
+    def gradients(x, f, dy):
+        dx = tf.raw_ops.Conv2DBackpropInput(
+            input_sizes=x.shape, filter=f, out_backprop=dy, **attributes
+        )
+        df = tf.raw_ops.Conv2DBackpropFilter(
+            input=x, filter_sizes=f.shape, out_backprop=dy, **attributes
+        )
+        return dx, df
+
+    function = tf2jax.convert_functional(
+        tf.function(gradients), *(np.zeros_like(a) for a in (x, f, dy))
+    )
+    want = np.zeros_like(x), np.zeros_like(f)
+    for r, s in np.ndindex(3, 2):
+        window = (slice(None), slice(2 * r, 2 * r + 5), slice(3 * s, 3 * s + 7))
+        want[0][window] += dy @ f[r, s].T
+        want[1][r, s] = np.tensordot(x[window], dy, [(0, 1, 2)] * 2)
+    for g, w in zip(jax.jit(function)(x, f, dy), want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("data_format", "others"), [("NHWC", (0, 1, 2)), ("NCHW", (0, 2, 3))])
+def test_bias_gradient(data_format, others):
+    dy = np.random.default_rng(0).normal(size=(2, 3, 4, 5))
+    gradient = tf.function(
+        lambda dy: tf.raw_ops.BiasAddGrad(out_backprop=dy, data_format=data_format)
+    )
+    got = tf2jax.convert_functional(gradient, np.zeros_like(dy))(dy)
+    np.testing.assert_allclose(got, dy.sum(others), rtol=1e-12)
+
+
 def test_without_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "tf2jax._src.ops", None)
     with pytest.raises(ImportError, match="`register` needs tf2jax"):
