@@ -3,7 +3,7 @@
 python tests/sanitizers
 
 It takes g++, and jax for the headers of its FFI. The vector code is compiled for the best
-instruction set of this machine, and without optimization, which would take three times as long.
+instruction set of this machine, and without optimization, with which it takes three times as long.
 """
 
 import concurrent.futures
