@@ -983,8 +983,9 @@ def test_debug_nans(op):
     nan = {name: np.full(SHAPES[name], np.nan, np.float32) for name in TAKES[op] if name in SHAPES}
     with jax.debug_nans(True):
         assert np.isfinite(call(op)).all()
-        with pytest.raises(FloatingPointError, match="nan"):
-            call(op, **nan)
+        for run in (call, jax.jit(call, static_argnums=0)):
+            with pytest.raises(FloatingPointError, match="nan"):
+                run(op, **nan)
 
 
 # ---- implementations().

@@ -250,6 +250,7 @@ def test_rows_of_the_output_that_divide_and_of_the_input_that_do_not(op):
     ("case", "gathered"),
     [
         (Case("beyond_the_neighbour", (2, 8, 5, 2), (5, 3, 2, 1)), True),
+        (Case("all_of_the_neighbour", (2, 8, 5, 2), (3, 3, 2, 1)), False),
         (Case("parts_without_a_phase", (2, 24, 5, 2), (3, 3, 2, 1), (3, 1)), False),
         (Case("only_padding", (2, 8, 5, 2), (3, 3, 2, 1), (1, 1), ((9, 9), (1, 1))), True),
     ],
@@ -264,6 +265,19 @@ def test_rows_are_gathered_where_they_can_not_be_divided(op, case, gathered):
     )
     assert ("all-gather" in sent) == gathered
     case.check(op, program(*placed), case.expected(op, *operands), "float32")
+
+
+@every_op
+def test_empty(op):
+    """What has nothing to sum is divided as it is."""
+    case = Case("empty", (8, 5, 6, 3), (3, 3, 3, 0))
+    operands = case.operands(op)
+    in_specs = specs(op, P("i"), P())[:2]
+    program, placed, sent = compiled(
+        functools.partial(case.run, op), operands, mesh_of(i=8), in_specs
+    )
+    assert not sent
+    np.testing.assert_array_equal(program(*placed), case.expected(op, *operands))
 
 
 def check_all_axes(op, **options):

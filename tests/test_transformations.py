@@ -208,6 +208,13 @@ def test_x64_may_change_between_trace_and_lowering(op):
         cotangents = pullback(value)
     CASE.check(op, compiled(a, b), CASE.expected(op, a, b), "float64")
     assert all(x.dtype == jnp.float64 for x in cotangents)
+    empty = Case("empty", (2, 5, 6, 3), (3, 3, 3, 0))
+    a, b = empty.operands(op, "float64")
+    traced = jax.jit(functools.partial(empty.run, op)).trace(a, b)
+    with jax.enable_x64(False):
+        compiled = traced.lower().compile()
+    got = compiled(a, b)
+    np.testing.assert_array_equal(got, np.zeros(got.shape), strict=True)
 
 
 @every_op
