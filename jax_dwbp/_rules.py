@@ -238,9 +238,8 @@ def _lower(ctx, a, b, *, op, spec, platform):
     exported = module.lowering_parameters.for_export
     program = _dispatch.Program(partitioned, exported)
     run = functools.partial(_dispatch.run, op, spec, platform, program)
-    empty = any(0 in aval.shape for aval in (*ctx.avals_in, *ctx.avals_out))
     divided = None
-    if partitioned and not exported and not empty and _shardy():
+    if partitioned and not exported and _shardy():
         divided = _with_devices(ctx, platform)
     with contextlib.ExitStack() as contexts:
         if ctx.avals_in[0].dtype.itemsize == 8:

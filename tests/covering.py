@@ -1,7 +1,8 @@
 """A sample of a product of parameters in which every pair of them is met.
 
 Faults are of one parameter, or of two together: an implementation that sums a dtype wrongly, a
-layout that takes the pads of the other. Few are of three. `pytest --whole` runs the whole product.
+layout that takes the pads of the other. Few are of three, and where those are known to be, the
+three are met `together`. `pytest --whole` runs the whole product.
 """
 
 import itertools
@@ -11,18 +12,29 @@ from typing import Any
 whole = False  # conftest.py sets it
 
 
-def covering(*, apart: Iterable[tuple[str, str]] = (), **axes: Sequence[Any]):
+def covering(
+    *,
+    apart: Iterable[tuple[str, str]] = (),
+    together: Sequence[str] = (),
+    **axes: Sequence[Any],
+):
     """`parametrize` by a sample of `axes`."""
     import pytest  # which who only samples need not have
 
-    rows = sample(apart=apart, **axes)
+    rows = sample(apart=apart, together=together, **axes)
     return pytest.mark.parametrize(tuple(axes), rows, ids=lambda value: str(value))
 
 
-def sample(*, apart: Iterable[tuple[str, str]] = (), **axes: Sequence[Any]) -> list[tuple]:
+def sample(
+    *,
+    apart: Iterable[tuple[str, str]] = (),
+    together: Sequence[str] = (),
+    **axes: Sequence[Any],
+) -> list[tuple]:
     """Rows of `axes`, in which each pair of values of two axes occurs together.
 
-    Pairs of the axes in `apart` need not, though each value of either occurs.
+    Pairs of the axes in `apart` need not, though each value of either occurs. The whole product of
+    the axes in `together` occurs.
     """
     rows = list(itertools.product(*axes.values()))
     if whole:
@@ -33,6 +45,8 @@ def sample(*, apart: Iterable[tuple[str, str]] = (), **axes: Sequence[Any]) -> l
         for (i, a), (j, b) in itertools.combinations(enumerate(axes), 2)
         if frozenset((a, b)) not in ignored
     ]
+    if together:
+        groups.append(tuple(list(axes).index(axis) for axis in together))
     return _sample(rows, groups)
 
 

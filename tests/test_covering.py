@@ -34,6 +34,15 @@ def test_but_those_that_need_not_be(monkeypatch):
     assert pairs(sample, "dtype", "layout") == set(itertools.product(AXES["dtype"], AXES["layout"]))
 
 
+def test_three_together(monkeypatch):
+    sample = rows(monkeypatch, whole=False, together=("case", "op", "layout"))
+    assert len(sample) == 7 * 2 * 2
+    assert {(row["case"], row["op"], row["layout"]) for row in sample} == set(
+        itertools.product(AXES["case"], AXES["op"], AXES["layout"])
+    )
+    assert pairs(sample, "case", "dtype") == set(itertools.product(AXES["case"], AXES["dtype"]))
+
+
 @pytest.mark.parametrize("apart", [(), [("dtype", "case")]])
 def test_the_whole_product(monkeypatch, apart):
     whole = rows(monkeypatch, whole=True, apart=apart)

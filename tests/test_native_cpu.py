@@ -169,6 +169,54 @@ def test_scratch_is_bounded(op):
         assert "may take at most 8388608 bytes" in str(found.reasons["native_cpu"])
 
 
+def scratch_is_too_much(case, op):
+    a, b = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in case.operands(op))
+    [found] = jax_dwbp.implementations(functools.partial(case.run, op), a, b, platform="cpu")
+    return "may take at most" in str(found.reasons["native_cpu"])
+
+
+@compiled
+def test_scratch_is_of_a_tile_of_columns():
+    """However long a row is; and of as many planes as dy has for a channel."""
+    long = Case("long", (1, 1, 10**6, 1), (1, 5, 1, 1))
+    assert not any(scratch_is_too_much(long, op) for op in OPS)
+    far = Case("far", (1, 300, 300, 1), (11, 11, 1, 8), dilations=(20, 20))
+    assert not scratch_is_too_much(far, "forward") and scratch_is_too_much(far, "input_grad")
+
+
+@compiled
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("shape", [(1, 16, 16, 256), (1, 256, 256, 1)], ids=str)
+def test_each_value_of_half_a_type_is_converted(shape, dtype):
+    """To the product's and back: infinities, NaNs, what overflows, and float16's subnormals.
+
+    Those of bfloat16 are float32's, which XLA's threads take for 0.
+    """
+    x = np.arange(2**16, dtype=np.uint16).view(jnp.dtype(dtype)).reshape(shape)
+    factors = np.array([1, 2, 1 / 3], x.dtype)
+    f = np.broadcast_to(factors, (1, 1, shape[-1], 3))
+    y = jax_dwbp.depthwise_conv2d_native(x, f, (1, 1), "SAME", implementation="native_cpu")
+    y = np.asarray(y).reshape(*shape, 3).astype(np.float32)
+    with np.errstate(all="ignore"):  # of NaNs that signal
+        want = (x[..., None].astype(np.float32) * factors.astype(np.float32)).astype(dtype)
+        want = want.astype(np.float32)
+    if dtype == "bfloat16":
+        want[np.abs(want) < 4 * np.finfo(np.float32).tiny] = 0
+        y[want == 0] = 0
+    np.testing.assert_array_equal(y, want)
+
+
+@compiled
+@every_op
+def test_long_sums_are_of_short_chains(op):
+    """The error grows with the logarithm of the terms. In one chain it is several times as large."""
+    case = Case("long_sums", (4, 64, 33, 16), (31, 31, 16, 1))
+    a, b = case.operands(op)
+    want = case.expected(op, a, b)
+    error = case.run(op, a, b, implementation="native_cpu") - want
+    assert np.sqrt(np.mean(error**2) / np.mean(want**2)) < 4 * 2**-24
+
+
 @pytest.fixture
 def not_compiled(monkeypatch):
     monkeypatch.setattr(native_cpu, "_LIBRARY", "nowhere.so")

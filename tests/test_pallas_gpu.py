@@ -199,6 +199,9 @@ def test_reasons(monkeypatch):
     assert "2**30" in reason(CASE, rhs_dilation=(1, 2**29))
     assert "2**30" in reason(CASE, in_spatial=(5, 2**30))
     assert "2**31 elements" in reason(CASE, out_spatial=(2**15, 2**15))
+    of_eights = dataclasses.replace(CASE, input=(2, 5, 6, 4), filter=(3, 2, 4, 2))
+    assert "2**31 elements" in reason(of_eights, out_spatial=(2**14, 2**13))
+    assert reason(of_eights, out_spatial=(2**14, 2**13 - 1)) is None
     strided = dataclasses.replace(CASE, input=(1, 20, 20, 3), strides=(5, 4))
     assert "got (5, 4)" in reason(strided, "input_grad")
     assert reason(strided, "forward") is None

@@ -330,7 +330,9 @@ def preferred(case, op, dtype="bfloat16"):
         (Case("empty lanes", (32, 56, 56, 144), (7, 7, 144, 1)), ()),
         (Case("few channels", (64, 28, 28, 32), (3, 3, 32, 1)), OPS),
         (Case("few images", (2, 28, 28, 256), (3, 3, 256, 1)), OPS),
+        (Case("few images s2", (2, 56, 56, 128), (3, 3, 128, 1), (2, 2)), OPS),
         (Case("multiplier", (32, 28, 28, 256), (3, 3, 256, 2)), OPS),
+        (Case("multiplier s2", (32, 56, 56, 128), (3, 3, 128, 2), (2, 2)), OPS),
     ),
     ids=str,
 )
@@ -353,3 +355,16 @@ def test_it_lowers_for_a_tpu(monkeypatch, view, op, x64):
         function = jax.jit(getattr(pallas_tpu, op), static_argnums=0)
         lowered = function.trace(spec_of(case), a, b).lower(lowering_platforms=("tpu",))
     assert "tpu_custom_call" in lowered.as_text()
+
+
+@every_op
+def test_steps_that_add_to_one_result_are_in_order(op):
+    """Of the filter gradient; a chip of several cores may divide those of the others."""
+    case = VIEWS[next(iter(VIEWS))]
+    jaxpr = jax.make_jaxpr(functools.partial(getattr(pallas_tpu, op), spec_of(case)))(
+        *shapes_of(case, op, jnp.bfloat16)
+    )
+    [call] = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "pallas_call"]
+    semantics = call.params["compiler_params"].dimension_semantics
+    assert len(semantics) == len(call.params["grid_mapping"].grid)
+    assert ("arbitrary" in semantics) == (op == "filter_grad")

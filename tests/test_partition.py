@@ -268,6 +268,17 @@ def test_rows_are_gathered_where_they_can_not_be_divided(op, case, gathered):
 
 
 @every_op
+def test_one_axis_of_the_mesh_for_two_of_the_arrays(op):
+    """Which can divide the images, the rows or the channels, but not two of these."""
+    case = Case("twice", (8, 8, 5, 8), (3, 3, 8, 1))
+    operands = case.operands(op)
+    of = {"x": P("i"), "f": P(None, None, "i"), "dy": P(None, "i")}
+    in_specs = [of[name] for name in OPERANDS[op]]
+    program, placed, _ = compiled(functools.partial(case.run, op), operands, mesh_of(i=8), in_specs)
+    case.check(op, program(*placed), case.expected(op, *operands), "float32")
+
+
+@every_op
 def test_empty(op):
     """What has nothing to sum is divided as it is."""
     case = Case("empty", (8, 5, 6, 3), (3, 3, 3, 0))

@@ -13,7 +13,12 @@ every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS
 
 
 @covering(
-    case=SMALL, op=OPS, dtype=DTYPES, data_format=("NHWC", "NCHW"), implementation=IMPLEMENTATIONS
+    together=("case", "op", "implementation"),
+    case=SMALL,
+    op=OPS,
+    dtype=DTYPES,
+    data_format=("NHWC", "NCHW"),
+    implementation=IMPLEMENTATIONS,
 )
 def test_small(case, op, dtype, data_format, implementation):
     a, b = case.operands(op, dtype)

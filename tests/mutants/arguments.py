@@ -1,5 +1,8 @@
 """What pytest is given for the faults: the files of tests that ought to see them."""
 
+# Not for pytest: the program itself.
+SANITIZERS = "tests/sanitizers"
+
 ERRORS = "tests/test_errors.py"
 IMPLEMENTATIONS = "tests/test_implementations.py"
 DERIVATIVES = "tests/test_derivatives.py"

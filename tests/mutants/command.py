@@ -36,6 +36,7 @@ from absl import flags
 
 from jax_dwbp import _command_line
 from mutants import border, implementations, native, pallas, programs, rules
+from mutants.arguments import SANITIZERS
 from mutants.fault import Fault, NotPlanted, planted
 
 _ROOT = Path(__file__).parents[2]
@@ -141,13 +142,15 @@ def _tested(directory: Path, timeout: int, fault: Fault, text: str) -> tuple[str
             else:
                 shutil.copy(source, copy / entry)
         (copy / "jax_dwbp" / fault.file).write_text(text)
-        if fault.file in native.FILES:
+        program = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(fault.tests)]
+        if fault.tests == SANITIZERS:  # which compile on their own
+            program = [fault.tests]
+        elif fault.file in native.FILES:
             native.install(fault.file, copy, directory)
-        pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
         path = os.pathsep.join(filter(None, [name, os.environ.get("PYTHONPATH")]))
         try:
             done = subprocess.run(
-                [*pytest, *shlex.split(fault.tests)],
+                [sys.executable, *program],
                 cwd=copy,
                 env=os.environ | {"PYTHONPATH": path},  # for the processes that tests start
                 capture_output=True,

@@ -26,7 +26,12 @@ FAULTS = [
             values("xla_taps", "input_grad"),
         ),
         ("len(rows) == 1 or", Operator("ReplaceOrWithAnd"), values("xla_taps", "forward")),
-        ("max(0, -min(offsets))", "-min(offsets)", values("xla_taps", "forward")),
+        (
+            "max(0, -min(offsets))",
+            "-min(offsets)",
+            values("xla_taps", "forward"),
+            "a negative pad crops what no tap reads",
+        ),
     ),
     *faults(
         "_impl/taps.py",

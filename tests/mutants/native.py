@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 
+from mutants.arguments import SANITIZERS
 from mutants.fault import NotPlanted, faults
 
 _FOLDER = Path("_impl/native")
@@ -48,7 +49,9 @@ def _run(*arguments: str) -> None:
 
 LARGE = "tests/test_fuzz.py -k large"
 SUMS = 'tests/test_fuzz.py tests/test_values.py -k "large or (native_cpu and forward)"'
-FINITE = 'tests/test_fuzz.py tests/test_values.py tests/test_errors.py -k "large or finite"'
+CONVERTED = "tests/test_native_cpu.py -k converted"
+CHAINS = "tests/test_native_cpu.py -k chains"
+ALL = 'tests/test_values.py tests/test_fuzz.py tests/test_native_cpu.py -k "native_cpu or large"'
 FORWARD, INPUT_GRAD, FILTER_GRAD = (
     f'tests/test_values.py -k "native_cpu and {op}"'
     for op in ("forward", "input_grad", "filter_grad")
@@ -81,14 +84,20 @@ FAULTS = [
         (
             "problem * chunks + chunk) {\n      scratch.filter = problem * chunks + chunk",
             "problem) {\n      scratch.filter = problem",
-            FORWARD,
+            ALL,
         ),
-        ("kReductionRows = 32", "kReductionRows = int64_t{1} << 40", FILTER_GRAD),
-        ("part += 2 * step", "part += step", FILTER_GRAD),
+        ("kReductionRows = 32", "kReductionRows = int64_t{1} << 40", CHAINS),
+        (
+            "part += 2 * step",
+            "part += step",
+            FILTER_GRAD,
+            "what is added besides is not read",
+        ),
         (
             "int64_t* shape : {xs, ys}",
             "int64_t* shape : {xs}",
             "tests/test_batching.py -k native_cpu",
+            "how many images there are is asked of x alone",
         ),
         (
             "(t + tap.offset) * rows.read_step + rows.phases[tap.phase];\n    return",
@@ -96,24 +105,41 @@ FAULTS = [
             LARGE,
         ),
         ("lines += slot * row_lines", "lines += slot % slots * row_lines", FORWARD),
+        # A read out of bounds, two threads that write the same, and an overflow: no value changes.
+        (
+            "std::min(channels - channel, (end - block) * lanes), m_count,",
+            "(end - block) * lanes, m_count,",
+            SANITIZERS,
+        ),
+        (
+            "std::min((band + 1) * turns / bands * kernels.rows, out_rows);",
+            "std::min(((band + 1) * turns / bands + 1) * kernels.rows, out_rows);",
+            SANITIZERS,
+        ),
+        (
+            "window.dilation * k - window.low;\n    const int64_t offset",
+            "int32_t(window.dilation) * int32_t(k) - window.low;\n    const int64_t offset",
+            SANITIZERS,
+        ),
     ),
     *faults(
         FILES[1],
         (
             "(bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded",
             "rounded",
-            FINITE,
+            CONVERTED,
+            "a NaN of a bfloat16 has no lower bits that would carry",
         ),
-        ("magnitude < 0x400 ? subnormal : normal", "normal", FORWARD),
-        ("143u << 23", "144u << 23", FINITE),
+        ("magnitude < 0x400 ? subnormal : normal", "normal", CONVERTED),
+        ("143u << 23", "144u << 23", CONVERTED),
         (
             "CopyFixed<From, To, 2>(from + i, to + i), i += 2",
             "CopyFixed<From, To, 2>(from + i, to + i), i += 1",
-            LARGE,
+            ALL,
         ),
-        ("p < spans[i].begin || p >= spans[i].end", "p >= spans[i].end", FORWARD),
+        ("p < spans[i].begin || p >= spans[i].end", "p >= spans[i].end", ALL),
         ("if (kBorder && !(run.lines >> l & 1)) continue;", "", LARGE),
-        ("kChain = 7;", "kChain = 700;", FORWARD),
+        ("kChain = 7;", "kChain = 700;", CHAINS),
         (
             "rows_to(0, 1, Min(end, conv.both_end))",
             "rows_to(0, 1, Min(end, conv.both_begin))",
