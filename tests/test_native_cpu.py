@@ -209,7 +209,7 @@ def test_each_value_of_half_a_type_is_converted(shape, dtype):
 @compiled
 @every_op
 def test_long_sums_are_of_short_chains(op):
-    """The error grows with the logarithm of the terms. In one chain it is several times as large."""
+    """The error grows with the logarithm of the terms. In one chain it is much larger."""
     case = Case("long_sums", (4, 64, 33, 16), (31, 31, 16, 1))
     a, b = case.operands(op)
     want = case.expected(op, a, b)
