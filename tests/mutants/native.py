@@ -48,7 +48,6 @@ def _run(*arguments: str) -> None:
 
 
 LARGE = "tests/test_fuzz.py -k large"
-SUMS = 'tests/test_fuzz.py tests/test_values.py -k "large or (native_cpu and forward)"'
 CONVERTED = "tests/test_native_cpu.py -k converted"
 CHAINS = "tests/test_native_cpu.py -k chains"
 ALL = 'tests/test_values.py tests/test_fuzz.py tests/test_native_cpu.py -k "native_cpu or large"'
@@ -149,7 +148,7 @@ FAULTS = [
         (
             "taps[i].weight - taps[i - 1].weight == taps[1].weight - taps[0].weight",
             "true",
-            SUMS,
+            ALL,
         ),
         ("if (conv.in.column_bytes != F::kStride * conv.in.line_bytes) return false;", "", LARGE),
         ("if (conv.in.row_count != F::kAll) return false;", "", LARGE),
