@@ -23,7 +23,7 @@ FAULTS = [
     ),
     *faults(
         "_command_line.py",
-        ("list(dict.fromkeys(names))", "list(names)", BENCH_ERRORS),
+        ("list(dict.fromkeys(names))", "list(names)", "tests/test_bench.py -k ratios"),
         ("            os.remove(temporary)", "            pass", f"{MAIN} -k disk"),
         ("not names or not set(names)", Operator("ReplaceOrWithAnd"), BENCH_ERRORS),
         ("RuntimeError, MemoryError) as", "RuntimeError) as", BENCH_ERRORS),
