@@ -61,7 +61,7 @@ FAULTS = [
         (
             '"arbitrary" if plan.op == "filter_grad" else "parallel"',
             '"parallel"',
-            f'{TPU} -k "lowers and filter_grad"',
+            f'{TPU} -k "steps and filter_grad"',
         ),
         (
             "lane * multiplier + m, jnp",
