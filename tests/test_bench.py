@@ -173,6 +173,22 @@ def test_blocks(monkeypatch):
     assert turns == ["slow", "fast"] * 4
 
 
+def test_ratio_is_that_of_the_best_peer():
+    cells = {name: {"median": median} for name, median in (("us", 2.0), ("a", 8.0), ("b", 3.0))}
+    assert bench._ratio(cells, ["a", "b", "missing"], "us") == 1.5
+    assert bench._ratio(cells, ["missing"], "us") is bench._ratio(cells, ["a"], "missing") is None
+
+
+def test_copy_moves_as_many_bytes_as_the_op(monkeypatch):
+    """It reads half of them and writes half."""
+    sizes = []
+    monkeypatch.setattr(jax.numpy, "ones", lambda size, dtype: sizes.append(size) or np.ones(size))
+    problem = bench._Problem(TINY[0], "forward", 2, "float32")
+    bench._measure(problem, ["lax"], [], blocks=1, seconds=0)
+    # Two images of 5x6x3 that are read and written, and 3x3x3 taps.
+    assert sizes == [(90 * 2 + 90 * 2 + 27) // 2]
+
+
 # ---- Wrong results.
 
 WRONG = {

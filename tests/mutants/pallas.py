@@ -27,7 +27,12 @@ FAULTS = [
             Operator("Lt_LtE"),
             f'{PALLAS} -k "pallas_gpu and filter_grad"',
         ),
-        ('"ignore", "The Pallas', '"error", "The Pallas', f"{GPU} -k lowered"),
+        (
+            '"ignore", "The Pallas',
+            '"error", "The Pallas',
+            f"{GPU} -k lowered",
+            "only of newer versions JAX warns, where it is seen",
+        ),
         ("taps[trips * most :]", "taps[most:]", f"{GPU} -k loops"),
     ),
     *faults(
