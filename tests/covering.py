@@ -40,7 +40,7 @@ def sample(
     if whole:
         return rows
     ignored = {frozenset(pair) for pair in apart}
-    groups = [(i,) for i in range(len(axes))] + [
+    groups: list[tuple[int, ...]] = [(i,) for i in range(len(axes))] + [
         (i, j)
         for (i, a), (j, b) in itertools.combinations(enumerate(axes), 2)
         if frozenset((a, b)) not in ignored
