@@ -40,13 +40,15 @@ def sample(
     if whole:
         return rows
     ignored = {frozenset(pair) for pair in apart}
-    groups: list[tuple[int, ...]] = [(i,) for i in range(len(axes))] + [
-        (i, j)
-        for (i, a), (j, b) in itertools.combinations(enumerate(axes), 2)
-        if frozenset((a, b)) not in ignored
+    groups = [
+        *((i,) for i in range(len(axes))),
+        *(
+            (i, j)
+            for (i, a), (j, b) in itertools.combinations(enumerate(axes), 2)
+            if frozenset((a, b)) not in ignored
+        ),
+        tuple(list(axes).index(axis) for axis in together),
     ]
-    if together:
-        groups.append(tuple(list(axes).index(axis) for axis in together))
     return _sample(rows, groups)
 
 
