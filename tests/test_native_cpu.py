@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import time
 
 import fresh_process
 import jax
@@ -182,6 +183,69 @@ def test_scratch_is_of_a_tile_of_columns():
     assert not any(scratch_is_too_much(long, op) for op in OPS)
     far = Case("far", (1, 300, 300, 1), (11, 11, 1, 8), dilations=(20, 20))
     assert not scratch_is_too_much(far, "forward") and scratch_is_too_much(far, "input_grad")
+
+
+@compiled
+@pytest.mark.parametrize("stride", range(1, 7))
+@pytest.mark.parametrize("dilation", range(1, 5))
+def test_taps_of_each_phase(stride, dilation):
+    """They come again after stride / gcd(stride, dilation), but for phases that are not there."""
+    padding = ((2 * stride, 13), (11, 3 * stride))
+    spacing = {"strides": (stride, 7 - stride), "dilations": (dilation, 5 - dilation)}
+    case = Case("phases", (2, 3, 11, 1), (5, 8, 1, 2), padding=padding, **spacing)
+    for op in OPS:
+        a, b = case.operands(op)
+        got = case.run(op, a, b, implementation="native_cpu")
+        case.check(op, got, case.expected(op, a, b), "float32")
+
+
+@compiled
+@pytest.mark.parametrize("op", ("forward", "filter_grad"))
+def test_time_is_linear_in_the_taps(op):
+    """Of one window as long as the signal, which is a multiplication and a sum."""
+
+    def seconds(taps):
+        case = Case("window", (1, 1, taps, 16), (1, taps, 16, 1), padding="VALID")
+        operands = [jnp.asarray(operand) for operand in case.operands(op)]
+        run = jax.jit(functools.partial(case.run, op, implementation="native_cpu"))
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            jax.block_until_ready(run(*operands))
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert seconds(2**15) < 3 * 8 * seconds(2**12)
+
+
+def growth_of_long_filter(taps):
+    """Prints the MB that a call takes at most, by which the process grows."""
+    import pathlib
+
+    import jax
+    import jax.numpy as jnp
+
+    import jax_dwbp
+
+    def peak():
+        status = pathlib.Path("/proc/self/status").read_text().split()
+        return int(status[status.index("VmHWM:") + 1])
+
+    x, f = jnp.ones((1, 1, 4 * taps, 16)), jnp.ones((1, taps, 16, 1))
+    options = {"strides": (1, 1), "padding": "VALID", "implementation": "native_cpu"}
+    run = jax.jit(lambda x, f: jax_dwbp.depthwise_conv2d_native(x, f, **options))
+    compiled = run.lower(x, f).compile()
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # a peak that is over
+    before = peak()
+    jax.block_until_ready(compiled(x, f))
+    print((peak() - before) / 1024)
+
+
+@compiled
+@pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="asks Linux")
+def test_taps_are_kept_of_one_tile():
+    """A row of these has 293 tiles, each of which meets all taps."""
+    assert float(fresh_process.call(growth_of_long_filter, 8192, XLA_FLAGS="")) < 32
 
 
 @compiled

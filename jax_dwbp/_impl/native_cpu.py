@@ -19,6 +19,9 @@ _LIBRARY = "jax_dwbp/_impl/_native_cpu.so"
 _MAX_SCRATCH = 2**23
 _LINE = 64
 _TILE = 128  # columns, at most, if more don't fit
+# Bytes of what is known of a tap of a row or a column, and of a phase that is written.
+_TAP = 96
+_PHASE = 16
 
 
 def unsupported(
@@ -63,18 +66,21 @@ def _load() -> str | None:
 
 
 def _scratch(op: Op, spec: ConvSpec) -> int:
-    """A bound of the bytes that a thread packs for one line of channels."""
+    """A bound of the bytes that a thread packs for one line of channels, and of its lists."""
     spans = []
+    written_phases = 0
     for size, kernel, out, stride, _, dilation in spec.axes():
         phases = 1 if op == "input_grad" else min(stride, kernel)
         positions = out if op == "input_grad" else -(-size // stride)
         written = -(-size // stride) if op == "input_grad" else out
+        written_phases += min(stride, size) if op == "input_grad" else 1
         reach = (kernel - 1) * dilation // stride + 2
         spans.append((phases * min(reach, positions), phases * (min(written, _TILE) + reach)))
     (rows, _), (_, columns) = spans
     r, s = spec.kernel_spatial
     packed = spec.multiplier if op == "input_grad" else 1
-    return _LINE * (packed * rows * columns + spec.multiplier * (r * s + _TILE))
+    lines = packed * rows * columns + spec.multiplier * (r * s + _TILE)
+    return _LINE * lines + _TAP * (packed * r + s) + _PHASE * written_phases
 
 
 def _call(op: Op, spec: ConvSpec, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -49,6 +49,7 @@ def _run(*arguments: str) -> None:
 
 LARGE = "tests/test_fuzz.py -k large"
 CONVERTED = "tests/test_native_cpu.py -k converted"
+PHASES = "tests/test_native_cpu.py -k each_phase"
 CHAINS = "tests/test_native_cpu.py -k chains"
 ALL = 'tests/test_values.py tests/test_fuzz.py tests/test_native_cpu.py -k "native_cpu or large"'
 FORWARD, INPUT_GRAD, FILTER_GRAD = (
@@ -67,7 +68,15 @@ FAULTS = [
         ("tap.begin = -offset;", "tap.begin = 1 - offset;", LARGE),
         ("other.offset == tap.offset + 1", "other.offset == tap.offset + 2", LARGE),
         ("row(channels_first ? sizes[4]", "row(channels_first ? sizes[3]", LARGE),
-        ("    scratch.filter = -1;\n    const int64_t ran", "    const int64_t ran", FORWARD),
+        ("scratch.filter = scratch.tile = -1;", "scratch.tile = -1;", FORWARD),
+        ("scratch.filter = scratch.tile = -1;", "scratch.filter = -1;", FORWARD),
+        ("axis.period += window.Phase(k) < in;", "++axis.period;", PHASES),
+        (
+            "columns.falls ? count - 1 - i : i",
+            "i",
+            INPUT_GRAD,
+            "the sums are of the same, by slower code",
+        ),
         (
             "if (image != held_image)",
             "if (held_image < 0)",
@@ -116,8 +125,8 @@ FAULTS = [
             SANITIZERS,
         ),
         (
-            "window.dilation * k - window.low;\n    const int64_t offset",
-            "int32_t(window.dilation) * int32_t(k) - window.low;\n    const int64_t offset",
+            "return dilation * k - low;",
+            "return int32_t(dilation) * int32_t(k) - low;",
             SANITIZERS,
         ),
     ),

@@ -16,6 +16,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
@@ -74,9 +75,14 @@ struct AxisTap {
 struct Axis {
   int64_t read_size, write_size;
   int64_t read_step = 1, write_step = 1;  // from one element of a phase to the next
-  std::vector<int64_t> phases{};            // that are read
-  std::vector<std::vector<AxisTap>> taps{};  // for each phase that is written
-  int64_t first = 0, last = 0;            // the extreme offsets
+  std::vector<int64_t> phases{};          // that are read
+  // For each phase that is written its taps, one phase after the other, and where they start in the list.
+  std::vector<AxisTap> taps{};
+  std::vector<int64_t> starts{0};
+  // In the list, from a tap to the next one of the same two phases. Their offsets rise or fall alike.
+  int64_t period = 1;
+  bool falls = false;
+  int64_t first = 0, last = 0;  // the extreme offsets
 
   // The t of the phase with the most of them, and those of one phase before `end`.
   int64_t Count() const { return CeilDiv(write_size, write_step); }
@@ -85,7 +91,15 @@ struct Axis {
   }
   int64_t Span() const { return last - first; }
 
-  void Add(int64_t write_phase, int64_t k, int64_t offset, int64_t read_phase) {
+  int64_t WrittenPhases() const { return starts.size() - 1; }
+  int64_t TapCount(int64_t phase) const { return starts[phase + 1] - starts[phase]; }
+  ffi::Span<const AxisTap> Taps(int64_t phase) const {
+    return {taps.data() + starts[phase], static_cast<size_t>(TapCount(phase))};
+  }
+
+  // Adds a tap of the phase whose list is the last, by rising k.
+  void Add(int64_t k, int64_t offset, int64_t read_phase) {
+    const int64_t write_phase = starts.size() - 1, index = taps.size();
     AxisTap tap{};
     tap.k = k;
     tap.offset = offset;
@@ -97,39 +111,45 @@ struct Axis {
     const bool is_first = phases.empty();
     first = is_first ? tap.offset : std::min(first, tap.offset);
     last = is_first ? tap.offset : std::max(last, tap.offset);
-    const auto found = std::find(phases.begin(), phases.end(), read_phase);
-    tap.phase = found - phases.begin();
-    if (found == phases.end()) phases.push_back(read_phase);
-    std::vector<AxisTap>& others = taps[write_phase];
-    for (size_t i = 0; i < others.size(); ++i) {
-      AxisTap& other = others[i];
-      if (other.phase != tap.phase) continue;
+    if (index - starts.back() < period) {
+      if (is_first || phases.back() != read_phase) phases.push_back(read_phase);
+      tap.phase = phases.size() - 1;
+    } else {
+      AxisTap& other = taps[index - period];
+      tap.phase = other.phase;
       if (other.offset == tap.offset + 1) {
-        other.next = others.size();
+        other.next = index;
         tap.is_next = true;
       } else if (other.offset == tap.offset - 1) {
-        tap.next = i;
+        tap.next = index - period;
         other.is_next = true;
       }
     }
-    others.push_back(tap);
+    taps.push_back(tap);
   }
 };
 
 struct Window {
   int64_t kernel, stride, low, dilation;
+
+  int64_t Distance(int64_t k) const { return dilation * k - low; }
+  int64_t Offset(int64_t k) const { return FloorDiv(Distance(k), stride); }
+  int64_t Phase(int64_t k) const { return Distance(k) - Offset(k) * stride; }
+  // From one k to the next of the same phase.
+  int64_t Period() const { return stride / std::gcd(stride, dilation); }
 };
 
 // y[p] = sum over k of x[stride * p - low + dilation * k] * f[k]
 Axis ForwardAxis(int64_t in, int64_t out, const Window& window) {
   Axis axis{in, out};
   axis.read_step = window.stride;
-  axis.taps.resize(1);
-  for (int64_t k = 0; k < window.kernel; ++k) {
-    const int64_t distance = window.dilation * k - window.low;
-    const int64_t offset = FloorDiv(distance, window.stride);
-    axis.Add(0, k, offset, distance - offset * window.stride);
+  axis.period = 0;
+  for (int64_t k = 0; k < std::min(window.Period(), window.kernel); ++k) {
+    axis.period += window.Phase(k) < in;  // else its phase is empty
   }
+  axis.taps.reserve(window.kernel);
+  for (int64_t k = 0; k < window.kernel; ++k) axis.Add(k, window.Offset(k), window.Phase(k));
+  axis.starts.push_back(axis.taps.size());
   return axis;
 }
 
@@ -137,24 +157,20 @@ Axis ForwardAxis(int64_t in, int64_t out, const Window& window) {
 Axis TransposedAxis(int64_t in, int64_t out, const Window& window) {
   Axis axis{out, in};
   axis.write_step = window.stride;
-  axis.taps.resize(std::min(window.stride, in));
-  for (int64_t k = 0; k < window.kernel; ++k) {
-    const int64_t distance = window.dilation * k - window.low;
-    const int64_t phase = distance - FloorDiv(distance, window.stride) * window.stride;
-    if (phase < in) axis.Add(phase, k, -FloorDiv(distance, window.stride), 0);
+  axis.falls = true;
+  axis.taps.reserve(window.kernel);
+  const int64_t phases = std::min(window.stride, in), period = window.Period();
+  // The first k of each phase.
+  std::vector<int64_t> first(phases, window.kernel);
+  for (int64_t k = 0; k < std::min(period, window.kernel); ++k) {
+    if (window.Phase(k) < in) first[window.Phase(k)] = k;
+  }
+  axis.starts.reserve(phases + 1);
+  for (int64_t k : first) {
+    for (; k < window.kernel; k += period) axis.Add(k, -window.Offset(k), 0);
+    axis.starts.push_back(axis.taps.size());
   }
   return axis;
-}
-
-// The taps of a row of the filter, for columns from t = `start` on, where read(tap) is where they read.
-template <typename Read>
-std::vector<Tap> TapsFrom(const Axis& columns, int64_t phase, int64_t start, const Read& read) {
-  std::vector<Tap> taps;
-  for (const AxisTap& tap : columns.taps[phase]) {
-    taps.push_back({read(tap), tap.k, tap.begin - start, tap.end - start});
-  }
-  std::sort(taps.begin(), taps.end(), [](const Tap& a, const Tap& b) { return a.read < b.read; });
-  return taps;
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -187,6 +203,8 @@ struct Scratch {
   std::vector<const Line*> weights[2];
   std::vector<Line*> sums;
   int64_t filter = -1;  // whose weights are packed
+  std::vector<Tap> taps;
+  int64_t tile = -1;  // whose taps they are
 
   Line* Lines(int64_t count) {
     if (count > capacity) {
@@ -263,7 +281,7 @@ bool ParallelFor(ffi::ThreadPool& pool, int64_t threads, int64_t count, int64_t 
   // A helper that comes late finds nothing left to do, and no longer looks at what this call owns.
   const auto work = [loop, count, lines, &body, &failed](int64_t own) {
     static thread_local Scratch scratch;
-    scratch.filter = -1;
+    scratch.filter = scratch.tile = -1;
     const int64_t ran = loop->Run(own, [&](int64_t task) {
       if (scratch.Lines(lines)) {
         body(scratch, task);
@@ -386,6 +404,27 @@ struct InPlace {
   }
 };
 
+// Lists the taps of a row of the filter for a tile of columns, those of a phase in the order of what they
+// read: in a ring, what is read of one phase lies side by side. False if they are what the thread has.
+bool BeginTile(Scratch& scratch, int64_t tile, const Ring& ring, const InPlace* in_place) {
+  if (std::exchange(scratch.tile, tile) == tile) return false;
+  const Axis& columns = ring.columns;
+  const int64_t start = tile * ring.tile, period = in_place ? 1 : columns.period;
+  scratch.taps.clear();
+  for (int64_t phase = 0; phase < columns.WrittenPhases(); ++phase) {
+    const ffi::Span<const AxisTap> taps = columns.Taps(phase);
+    const int64_t count = taps.size();
+    for (int64_t first = 0; first < std::min(period, count); ++first) {
+      for (int64_t i = first; i < count; i += period) {
+        const AxisTap& tap = taps[columns.falls ? count - 1 - i : i];
+        scratch.taps.push_back({in_place ? in_place->Read(tap, start) : ring.Read(tap), tap.k,
+                                tap.begin - start, tap.end - start});
+      }
+    }
+  }
+  return true;
+}
+
 // Whether an array has lines that can be read and written in place.
 bool IsLines(const Kernels& kernels, const Tensor& tensor, int64_t channels, int64_t multiplier) {
   return multiplier == 1 && tensor.depth == 1 && channels >= kernels.lanes &&
@@ -423,10 +462,8 @@ bool Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
   const InPlace reader{rows, columns, in, element, chunks == 1};
 
   const int64_t out_rows = rows.Count();
-  int64_t taps = 0;
-  for (const auto& row_taps : rows.taps) taps += row_taps.size();
   const int64_t work = sizes.problems * sizes.batch * blocks * sizes.multiplier * out_rows *
-                       columns.Count() * (taps * columns.taps[0].size() + 4);
+                       columns.Count() * (rows.taps.size() * columns.TapCount(0) + 4);
   const int64_t threads = work < kSmall ? 1 : pool.num_threads();
   // Bands of rows pack the rows that they share twice.
   const int64_t whole = sizes.problems * sizes.batch * chunks * tiles;
@@ -438,16 +475,6 @@ bool Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
   const int64_t ring_lines = in_place ? 0 : task_blocks * ring.block;
   const int64_t lines =
       weight_lines + ring_lines + (out_in_place ? 1 : task_blocks) * buffer_lines;
-
-  std::vector<std::vector<Tap>> tile_taps;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t start = tile * ring.tile;
-    for (size_t phase = 0; phase < columns.taps.size(); ++phase) {
-      tile_taps.push_back(TapsFrom(columns, phase, start, [&](const AxisTap& tap) {
-        return in_place ? reader.Read(tap, start) : ring.Read(tap);
-      }));
-    }
-  }
 
   PreferHugePages(out.data, sizes.problems * sizes.batch * out.image * element);
   return ParallelFor(pool, threads, whole * bands, lines, [&](Scratch& scratch, int64_t task) {
@@ -487,15 +514,16 @@ bool Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
     char* const out_image =
         out.data + (image * out.image + first_channel * out_multiplier * out.depth) * element;
     const int64_t start = tile * ring.tile;
+    BeginTile(scratch, tile, ring, in_place ? &reader : nullptr);
 
     // Bands start where a kernel's turn starts, so that each row is summed alike with any of them.
     const int64_t begin = band * turns / bands * kernels.rows;
     const int64_t end = std::min((band + 1) * turns / bands * kernels.rows, out_rows);
     for (int64_t t = begin; t < end; t += kernels.rows) {
-      for (size_t row_phase = 0; row_phase < rows.taps.size(); ++row_phase) {
+      for (int64_t row_phase = 0; row_phase < rows.WrittenPhases(); ++row_phase) {
         const int64_t out_row = t * rows.write_step + row_phase;
         if (out_row >= rows.write_size) break;
-        const std::vector<AxisTap>& row_taps = rows.taps[row_phase];
+        const ffi::Span<const AxisTap> row_taps = rows.Taps(row_phase);
         const bool two = kernels.rows == 2 && out_row + rows.write_step < rows.write_size;
 
         scratch.rows.clear();
@@ -517,7 +545,7 @@ bool Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
         }
         const int64_t both_begin = scratch.rows.size();
         for (const AxisTap& tap : row_taps) {
-          if (two && tap.next >= 0) meet(tap, t, row_taps[tap.next].k);
+          if (two && tap.next >= 0) meet(tap, t, rows.taps[tap.next].k);
         }
         const int64_t both_end = scratch.rows.size();
         for (const AxisTap& tap : row_taps) {
@@ -533,7 +561,7 @@ bool Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
             for (const Line*& row : row_weights) row += weight_lines;
           }
         };
-        for (size_t phase = 0; phase < columns.taps.size(); ++phase) {
+        for (int64_t phase = 0; phase < columns.WrittenPhases(); ++phase) {
           const int64_t count = columns.Count(phase, start + ring.tile) - start;
           if (count <= 0) break;
           const int64_t column = start * columns.write_step + phase;
@@ -541,7 +569,6 @@ bool Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
           const int64_t next_row = rows.write_step * out.row * element;
           const int64_t out_step = columns.write_step * out.column;
 
-          const std::vector<Tap>& column_taps = tile_taps[tile * columns.taps.size() + phase];
           const int64_t line = sizeof(Line);
 
           const auto convolve = [&](int64_t block, int64_t end, int64_t channel, bool out_in_place) {
@@ -557,8 +584,8 @@ bool Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
                              {scratch.weights[0].data(), scratch.weights[1].data()},
                              both_begin,
                              both_end,
-                             column_taps.data(),
-                             static_cast<int64_t>(column_taps.size()),
+                             scratch.taps.data() + columns.starts[phase],
+                             columns.TapCount(phase),
                              count,
                              {},
                              out_in_place ? out_step * element : line,
@@ -625,18 +652,6 @@ bool Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
   Line* const sums = static_cast<Line*>(memory.get());
   if (!sums) return false;
 
-  std::vector<std::vector<Tap>> tile_taps;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t start = tile * ring.tile;
-    tile_taps.push_back(TapsFrom(columns, 0, start, [&](const AxisTap& tap) {
-      return in_place ? reader.Read(tap, start) : ring.Read(tap);
-    }));
-    for (Tap& tap : tile_taps.back()) {
-      const int64_t count = columns.Count(0, start + ring.tile) - start;
-      tap.begin = std::clamp<int64_t>(tap.begin, 0, count);
-      tap.end = std::clamp(tap.end, tap.begin, count);
-    }
-  }
   const int64_t ring_lines = in_place ? 0 : task_blocks * ring.block;
   const int64_t dy_lines = in_place && dy_in_place ? 0 : task_blocks * m_count * dy_plane;
   const int64_t task_sum_lines = task_blocks * m_count * sum_plane;
@@ -670,6 +685,12 @@ bool Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
         for (int64_t tile = 0; tile < tiles; ++tile) {
           const int64_t start = tile * ring.tile;
           const int64_t count = columns.Count(0, start + ring.tile) - start;
+          if (BeginTile(scratch, tile, ring, in_place ? &reader : nullptr)) {
+            for (Tap& tap : scratch.taps) {
+              tap.begin = std::clamp<int64_t>(tap.begin, 0, count);
+              tap.end = std::clamp(tap.end, tap.begin, count);
+            }
+          }
           int64_t held_image = -1;
           for (int64_t i = part * all_rows / parts; i < (part + 1) * all_rows / parts; ++i) {
             const int64_t image = problem * sizes.batch + i / rows.Count(), t = i % rows.Count();
@@ -685,7 +706,7 @@ bool Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
                               element;
             scratch.rows.clear();
             scratch.sums.clear();
-            for (const AxisTap& tap : rows.taps[0]) {
+            for (const AxisTap& tap : rows.taps) {
               if (!tap.Meets(t)) continue;
               scratch.rows.push_back(
                   in_place ? reader.Row(tap, t, in_image)
@@ -727,8 +748,7 @@ bool Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
                       dy_in_place ? line : m_count * dy_plane * line, !dy_in_place,
                       {dy_start + dy.row * element,
                        dy_in_place && chunks == 1 && channel == 0 && t + 1 < dy_rows}},
-                     scratch.sums.data(), tile_taps[tile].data(),
-                     static_cast<int64_t>(tile_taps[tile].size()), count, end - block,
+                     scratch.sums.data(), scratch.taps.data(), columns.TapCount(0), count, end - block,
                      m_count * sum_plane});
                 for (Line*& row : scratch.sums) row += sum_plane;
               }
