@@ -3,6 +3,7 @@
 import functools
 import pathlib
 import time
+from typing import Any
 
 import fresh_process
 import jax
@@ -118,6 +119,69 @@ def test_channels_first_is_one_call(op):
     text = program(run, *arrays)
     assert text.count(f'custom_call_target="{TARGET}"') == 1
     assert not {"transpose", "copy", "fusion"} & set(text.replace("(", " ").split())
+
+
+# Attributes or arrays that do not fit the others, and what is said of each.
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no_such_op": ({"op": "backward"}, "`op` must be forward, input_grad or filter_grad"),
+    "op_by_number": ({"op": np.int64(0)}, "Wrong attribute type"),
+    "one_stride": ({"window_strides": [1]}, "`window_strides` must be two positive integers"),
+    "three_strides": ({"window_strides": [1, 1, 1]}, "`window_strides` must be two"),
+    "no_stride": ({"window_strides": [1, 0]}, "`window_strides` must be two positive"),
+    "one_low": ({"low": [1]}, "`low` must be two integers"),
+    "no_lows": ({"low": []}, "`low` must be two integers"),
+    "one_dilation": ({"rhs_dilation": [1]}, "`rhs_dilation` must be two positive integers"),
+    "backward_dilation": ({"rhs_dilation": [-1, 1]}, "`rhs_dilation` must be two positive"),
+    "integers": (dict.fromkeys("xfy", ((1, 2, 2, 1), "int32")), "x must be of float16, "),
+    "dtype_of_f": ({"f": ((3, 3, 3, 2), "float16")}, "x, f and y must be of one dtype"),
+    "dtype_of_y": ({"y": ((4, 2, 5, 6, 6), "bfloat16")}, "x, f and y must be of one dtype"),
+    "rank_of_x": ({"x": ((5, 6, 3), "float32")}, "x must have 4 or 5 dimensions"),
+    "rank_of_y": ({"y": ((2, 5, 6, 6), "float32")}, "y must have as many dimensions as x"),
+    "rank_of_f": ({"f": ((3, 3, 6), "float32")}, "f must have 4 dimensions or those of x"),
+    "problems_of_f": ({"f": ((3, 3, 3, 3, 2), "float32")}, "f must have the problems of x"),
+    "problems_of_y": ({"y": ((3, 2, 5, 6, 6), "float32")}, "y must have the problems of x"),
+    "batch_of_y": ({"y": ((4, 3, 5, 6, 6), "float32")}, "y must have the batch size of x"),
+    "channels_of_f": ({"f": ((3, 3, 4, 2), "float32")}, "f must have the channels of x"),
+    "channels_of_y": ({"y": ((4, 2, 5, 6, 5), "float32")}, "y must have the channels of x times"),
+    "empty_x": ({"x": ((4, 2, 0, 6, 3), "float32")}, "no array may be empty"),
+    "empty_f": ({"f": ((3, 3, 3, 0), "float32")}, "no array may be empty"),
+    "empty_y": ({"y": ((4, 2, 5, 0, 6), "float32")}, "no array may be empty"),
+    "layout": ({"channels_first": True}, "f must have the channels of x"),
+}
+
+
+def call_target(op, changes):
+    """The C++ function, not as `native_cpu` calls it but with some changes."""
+    arrays = {"x": (4, 2, 5, 6, 3), "f": (3, 3, 3, 2), "y": (4, 2, 5, 6, 6)}
+    arrays = {name: jnp.ones(*changes.get(name, (arrays[name], "float32"))) for name in arrays}
+    operands = {"forward": "xf", "input_grad": "fy", "filter_grad": "xy"}[op]
+    [result] = set(arrays) - set(operands)
+    pairs = {"window_strides": [1, 1], "low": [1, 1], "rhs_dilation": [1, 1]}
+    attributes = {name: np.array(changes.get(name, pair), np.int64) for name, pair in pairs.items()}
+    return jax.ffi.ffi_call(TARGET, jax.typeof(arrays[result]))(
+        *(arrays[name] for name in operands),
+        op=changes.get("op", op),
+        channels_first=changes.get("channels_first", False),
+        **attributes,
+    )
+
+
+# XLA calls nothing for a result that is empty.
+@compiled
+@pytest.mark.parametrize(
+    "op, wrong",
+    [
+        (op, wrong)
+        for op, result in {"forward": "y", "input_grad": "x", "filter_grad": "f"}.items()
+        for wrong in WRONG
+        if wrong != f"empty_{result}"
+    ],
+)
+def test_what_does_not_fit_is_an_error(op, wrong):
+    changes, message = WRONG[wrong]
+    assert np.isfinite(call_target(op, {})).all()
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"(?s)INVALID_ARGUMENT: .*{message}"):
+        call_target(op, changes)
 
 
 @compiled

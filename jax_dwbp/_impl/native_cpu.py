@@ -11,7 +11,7 @@ import importlib.metadata
 import jax
 import numpy as np
 
-from jax_dwbp._spec import OPERANDS, ConvSpec, Op
+from jax_dwbp._spec import ConvSpec, Op
 
 _TARGET = "jax_dwbp_depthwise_conv2d"
 _LIBRARY = "jax_dwbp/_impl/_native_cpu.so"
@@ -88,7 +88,7 @@ def _call(op: Op, spec: ConvSpec, a: jax.Array, b: jax.Array) -> jax.Array:
     return jax.ffi.ffi_call(_TARGET, result)(
         a,
         b,
-        op=np.int64(list(OPERANDS).index(op)),
+        op=op,
         window_strides=np.array(spec.window_strides, np.int64),
         low=np.array([low for low, _ in spec.padding], np.int64),
         rhs_dilation=np.array(spec.rhs_dilation, np.int64),

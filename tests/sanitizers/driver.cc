@@ -222,7 +222,7 @@ void Check(const Problem& problem, const Type& type, bool channels_first, Arriva
     Buffer& b = problem.op == kForward ? f : y;
     Buffer& result = problem.op == kForward ? y : problem.op == kInputGrad ? x : f;
     a.Fill(), b.Fill();
-    const Request request{problem.op,
+    const Request request{kOps[problem.op],
                           channels_first,
                           {spec.stride[0], spec.stride[1]},
                           {spec.low[0], spec.low[1]},

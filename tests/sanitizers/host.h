@@ -65,7 +65,7 @@ inline XLA_FFI_Error* NumThreads(XLA_FFI_ThreadPool_NumThreads_Args* args) {
 
 // What the handler is asked to do, of two arguments and a result.
 struct Request {
-  int64_t op;
+  std::string op;
   bool channels_first;
   int64_t window_strides[2], low[2], rhs_dilation[2];
   XLA_FFI_Buffer buffers[3];
@@ -87,7 +87,7 @@ inline XLA_FFI_Error* Handle(Request request, XLA_FFI_ExecutionContext& pool) {
   void* args[] = {&request.buffers[0], &request.buffers[1]};
   void* rets[] = {&request.buffers[2]};
 
-  XLA_FFI_Scalar op{XLA_FFI_DataType_S64, &request.op};
+  XLA_FFI_ByteSpan op{request.op.data(), request.op.size()};
   XLA_FFI_Scalar channels_first{XLA_FFI_DataType_PRED, &request.channels_first};
   XLA_FFI_Array window_strides{XLA_FFI_DataType_S64, 2, request.window_strides};
   XLA_FFI_Array low{XLA_FFI_DataType_S64, 2, request.low};
@@ -97,7 +97,7 @@ inline XLA_FFI_Error* Handle(Request request, XLA_FFI_ExecutionContext& pool) {
       {"channels_first", 14}, {"low", 3}, {"op", 2}, {"rhs_dilation", 12}, {"window_strides", 14}};
   XLA_FFI_ByteSpan* name_pointers[] = {names, names + 1, names + 2, names + 3, names + 4};
   constexpr XLA_FFI_AttrType kScalar = XLA_FFI_AttrType_SCALAR, kArray = XLA_FFI_AttrType_ARRAY;
-  XLA_FFI_AttrType attr_types[] = {kScalar, kArray, kScalar, kArray, kArray};
+  XLA_FFI_AttrType attr_types[] = {kScalar, kArray, XLA_FFI_AttrType_STRING, kArray, kArray};
   void* attrs[] = {&channels_first, &low, &op, &rhs_dilation, &window_strides};
 
   XLA_FFI_CallFrame frame{};

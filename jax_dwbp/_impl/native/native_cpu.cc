@@ -17,7 +17,9 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -827,28 +829,84 @@ const Kernels* KernelsFor(ffi::DataType dtype) {
   return &BaselineKernels(type);
 }
 
-enum Op : int64_t { kForward, kInputGrad, kFilterGrad };
+enum class Op { kForward, kInputGrad, kFilterGrad };
+
+std::optional<Op> OpOf(std::string_view name) {
+  if (name == "forward") return Op::kForward;
+  if (name == "input_grad") return Op::kInputGrad;
+  if (name == "filter_grad") return Op::kFilterGrad;
+  return std::nullopt;
+}
+
+// The sizes of the three arrays, with an axis of problems, be it one of size 1.
+struct Shapes {
+  int64_t x[5] = {1}, f[5] = {1}, y[5] = {1};
+};
+
+// Of each of these what is wrong, or null. Nothing below looks at it again.
+const char* WrongWindow(ffi::Span<const int64_t> window_strides, ffi::Span<const int64_t> low,
+                        ffi::Span<const int64_t> rhs_dilation) {
+  const auto positive = [](ffi::Span<const int64_t> values) {
+    return values.size() == 2 && values[0] >= 1 && values[1] >= 1;
+  };
+  if (!positive(window_strides)) return "`window_strides` must be two positive integers";
+  if (low.size() != 2) return "`low` must be two integers";
+  if (!positive(rhs_dilation)) return "`rhs_dilation` must be two positive integers";
+  return nullptr;
+}
+
+const char* WrongArrays(const ffi::AnyBuffer& x, const ffi::AnyBuffer& f, const ffi::AnyBuffer& y) {
+  const size_t rank = x.dimensions().size(), filter_rank = f.dimensions().size();
+  if (f.element_type() != x.element_type() || y.element_type() != x.element_type()) {
+    return "x, f and y must be of one dtype";
+  }
+  if (rank < 4 || rank > 5) return "x must have 4 or 5 dimensions";
+  if (y.dimensions().size() != rank) return "y must have as many dimensions as x";
+  if (filter_rank < 4 || filter_rank > rank) return "f must have 4 dimensions or those of x";
+  for (const ffi::AnyBuffer* array : {&x, &f, &y}) {
+    if (array->element_count() == 0) return "no array may be empty";
+  }
+  return nullptr;
+}
+
+const char* WrongShapes(const Shapes& shapes, bool shared_filter, bool channels_first) {
+  const auto& [x, f, y] = shapes;
+  const int depth = channels_first ? 2 : 4;
+  if (y[0] != x[0]) return "y must have the problems of x";
+  if (!shared_filter && f[0] != x[0]) return "f must have the problems of x";
+  if (y[1] != x[1]) return "y must have the batch size of x";
+  if (f[3] != x[depth]) return "f must have the channels of x";
+  if (y[depth] != f[3] * f[4]) return "y must have the channels of x times the multiplier of f";
+  return nullptr;
+}
 
 ffi::Error Run(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b,
-               ffi::Result<ffi::AnyBuffer> result, int64_t op,
+               ffi::Result<ffi::AnyBuffer> result, std::string_view op_name,
                ffi::Span<const int64_t> window_strides, ffi::Span<const int64_t> low,
                ffi::Span<const int64_t> rhs_dilation, bool channels_first) {
-  const Kernels* kernels = KernelsFor(a.element_type());
-  const ffi::AnyBuffer &x = op == kInputGrad ? *result : a;
-  const ffi::AnyBuffer &f = op == kForward ? b : op == kInputGrad ? a : *result;
-  const ffi::AnyBuffer &y = op == kForward ? *result : b;
-  const size_t rank = x.dimensions().size(), filter_rank = f.dimensions().size();
-  if (!kernels || op < kForward || op > kFilterGrad || rank < 4 || rank > 5 ||
-      y.dimensions().size() != rank || filter_rank < 4 || filter_rank > rank) {
-    return ffi::Error::InvalidArgument("operands must be 4- or 5-dimensional arrays of floats");
+  const std::optional<Op> op = OpOf(op_name);
+  if (!op) return ffi::Error::InvalidArgument("`op` must be forward, input_grad or filter_grad");
+  const ffi::AnyBuffer &x = op == Op::kInputGrad ? *result : a;
+  const ffi::AnyBuffer &f = op == Op::kForward ? b : op == Op::kInputGrad ? a : *result;
+  const ffi::AnyBuffer &y = op == Op::kForward ? *result : b;
+  const Kernels* kernels = KernelsFor(x.element_type());
+  if (!kernels) return ffi::Error::InvalidArgument("x must be of float16, bfloat16, float32 or float64");
+  const char* wrong = WrongWindow(window_strides, low, rhs_dilation);
+  if (!wrong) wrong = WrongArrays(x, f, y);
+  if (wrong) return ffi::Error::InvalidArgument(wrong);
+
+  Shapes shapes;
+  auto& [xs, fs, ys] = shapes;
+  const auto copy = [](const ffi::AnyBuffer& from, int64_t* to) {
+    std::copy_backward(from.dimensions().begin(), from.dimensions().end(), to + 5);
+  };
+  copy(x, xs), copy(f, fs), copy(y, ys);
+  const bool shared_filter = f.dimensions().size() < x.dimensions().size();
+  if ((wrong = WrongShapes(shapes, shared_filter, channels_first))) {
+    return ffi::Error::InvalidArgument(wrong);
   }
-  // With an axis of problems, be it one of size 1.
-  int64_t xs[5] = {1}, fs[5] = {1}, ys[5] = {1};
-  std::copy(x.dimensions().begin(), x.dimensions().end(), xs + 5 - rank);
-  std::copy(f.dimensions().begin(), f.dimensions().end(), fs + 5 - filter_rank);
-  std::copy(y.dimensions().begin(), y.dimensions().end(), ys + 5 - rank);
-  if (filter_rank < rank) {
-    // All problems share the filter, and are one.
+  if (shared_filter) {
+    // All problems are one.
     for (int64_t* shape : {xs, ys}) shape[1] *= std::exchange(shape[0], 1);
   }
   const int height = channels_first ? 3 : 2;
@@ -856,14 +914,14 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b,
   Axis axes[2];
   for (int i = 0; i < 2; ++i) {
     const Window window{fs[1 + i], window_strides[i], low[i], rhs_dilation[i]};
-    axes[i] = (op == kInputGrad ? TransposedAxis : ForwardAxis)(xs[height + i], ys[height + i], window);
+    axes[i] = (op == Op::kInputGrad ? TransposedAxis : ForwardAxis)(xs[height + i], ys[height + i], window);
   }
   const Tensor xt(x.untyped_data(), xs, channels_first), yt(y.untyped_data(), ys, channels_first);
   const Tensor ft(f.untyped_data(), fs, false);
   const bool ok =
-      op == kForward
+      op == Op::kForward
           ? Convolve(pool, *kernels, sizes, axes[0], axes[1], xt, 1, ft, yt, sizes.multiplier)
-      : op == kInputGrad
+      : op == Op::kInputGrad
           ? Convolve(pool, *kernels, sizes, axes[0], axes[1], yt, sizes.multiplier, ft, xt, 1)
           : Correlate(pool, *kernels, sizes, axes[0], axes[1], xt, yt, ft);
   return ok ? ffi::Error::Success()
@@ -882,7 +940,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_dwbp_depthwise_conv2d, jax_dwbp::Run,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<int64_t>("op")
+                                  .Attr<std::string_view>("op")
                                   .Attr<xla::ffi::Span<const int64_t>>("window_strides")
                                   .Attr<xla::ffi::Span<const int64_t>>("low")
                                   .Attr<xla::ffi::Span<const int64_t>>("rhs_dilation")
