@@ -49,6 +49,10 @@ _FAULTS = [
     *programs.FAULTS,
 ]
 _COPIED = ("jax_dwbp", "tests", "pyproject.toml", "README.md", ".github", "notebooks")
+# What Python runs when it starts: what an editable package puts before all paths is not the copy.
+_NOT_EDITABLE = """import sys
+sys.meta_path = [f for f in sys.meta_path if not type(f).__name__.startswith("ScikitBuild")]
+"""
 _OUTCOMES = ("killed", "survived", "passed", "error")
 
 
@@ -142,6 +146,7 @@ def _tested(directory: Path, timeout: int, fault: Fault, text: str) -> tuple[str
             else:
                 shutil.copy(source, copy / entry)
         (copy / "jax_dwbp" / fault.file).write_text(text)
+        (copy / "sitecustomize.py").write_text(_NOT_EDITABLE)
         program = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(fault.tests)]
         if fault.tests == SANITIZERS:  # which compile on their own
             program = [fault.tests]
