@@ -20,4 +20,7 @@ __all__ = [
     "implementations",
     "in_place_of_lax",
 ]
-__version__ = importlib.metadata.version("jax_dwbp")
+try:
+    __version__ = importlib.metadata.version("jax_dwbp")
+except importlib.metadata.PackageNotFoundError:  # a copy in another project
+    __version__ = "unknown"

@@ -2,6 +2,8 @@
 
 import functools
 import pathlib
+import re
+import shutil
 import time
 from typing import Any
 
@@ -345,24 +347,85 @@ def test_long_sums_are_of_short_chains(op):
     assert np.sqrt(np.mean(error**2) / np.mean(want**2)) < 4 * 2**-24
 
 
-@pytest.fixture
-def not_compiled(monkeypatch):
-    monkeypatch.setattr(native_cpu, "_LIBRARY", "nowhere.so")
+def refuse(*arguments, **options):
+    raise RuntimeError("the API version of this target is too new")
+
+
+# What can be wrong with the library, by what is put in the place of names, and the reason.
+FAILURES = {
+    "not_compiled": (native_cpu, "_LIBRARY", "nowhere.so", "its library was not compiled when"),
+    "no_library": (native_cpu, "_LIBRARY", "native_cpu.py", "its library can't be loaded: .*py"),
+    "no_symbol": (native_cpu, "_TARGET", "nothing", "its library can't be loaded: .*nothing"),
+    "newer": (native_cpu, "_ffi_version", lambda: (0, 0), "its library was compiled for an FFI"),
+    "refused": (jax.ffi, "register_ffi_target", refuse, "its library can't be loaded: the API"),
+}
+
+
+@pytest.fixture(params=FAILURES if HAS_NATIVE else ["not_compiled", "no_library"])
+def failure(request, monkeypatch):
+    *place, reason = FAILURES[request.param]
+    monkeypatch.setattr(*place)
     native_cpu._load.cache_clear()
     jax.clear_caches()
-    yield
+    yield reason
     monkeypatch.undo()
     native_cpu._load.cache_clear()
     jax.clear_caches()
 
 
-@pytest.mark.usefixtures("not_compiled")
 @every_op
-def test_without_the_library(op):
+def test_without_the_library(failure, op):
     a, b = CASE.operands(op)
     [found] = jax_dwbp.implementations(functools.partial(CASE.run, op), a, b, platform="cpu")
     assert found.runs == "xla_taps"
-    assert "was not compiled when the package was installed" in str(found.reasons["native_cpu"])
+    assert re.match(failure, str(found.reasons["native_cpu"]))
     CASE.check(op, CASE.run(op, a, b), CASE.expected(op, a, b), "float32")
-    with pytest.raises(NotImplementedError, match="native_cpu: its library was not compiled"):
+    with pytest.raises(NotImplementedError, match=f"native_cpu: {failure}"):
         CASE.run(op, a, b, implementation="native_cpu")
+
+
+def test_version_of_the_ffi():
+    """As it was when this was written, or newer."""
+    assert (0, 3) <= native_cpu._ffi_version() < (1000,)
+
+
+def import_copy(folder):
+    """Prints what a copy of the package is, of which nothing is installed."""
+    import importlib.metadata
+    import sys
+
+    of = importlib.metadata.distribution
+
+    def distribution(name):
+        if name == "jax_dwbp":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return of(name)
+
+    importlib.metadata.distribution = distribution
+    sys.path.insert(0, folder)
+    sys.meta_path = [
+        finder for finder in sys.meta_path if "ScikitBuild" not in type(finder).__name__
+    ]
+
+    import jax_dwbp
+    from jax_dwbp._impl import native_cpu
+
+    print(jax_dwbp.__file__, jax_dwbp.__version__, native_cpu._load())
+
+
+@pytest.mark.parametrize("has_library", [False, pytest.param(True, marks=compiled)])
+def test_a_copy_of_the_package_needs_no_metadata(tmp_path, has_library):
+    """As a project has it that keeps its requirements with itself."""
+    copy = tmp_path / "jax_dwbp"
+    ignored = shutil.ignore_patterns("__pycache__", native_cpu._LIBRARY)
+    shutil.copytree(pathlib.Path(jax_dwbp.__file__).parent, copy, ignore=ignored)
+    library = copy / "_impl" / native_cpu._LIBRARY
+    if has_library:
+        shutil.copy(next(place for place in native_cpu._places() if place.exists()), library)
+    file, version, reason = fresh_process.call(import_copy, str(tmp_path)).split(maxsplit=2)
+    assert file == str(copy / "__init__.py") and version == "unknown"
+    assert reason.strip() == (
+        "None"
+        if has_library
+        else f"its library was not compiled when the package was installed: there is no {library}"
+    )

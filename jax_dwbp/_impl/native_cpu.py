@@ -4,17 +4,21 @@ It is compiled when the package is installed, for all instruction sets that it h
 takes the best one that the CPU has. Operands have either layout, and an axis of problems or not.
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib.metadata
+import re
+from pathlib import Path
 
 import jax
 import numpy as np
 
+from jax_dwbp import _impl
 from jax_dwbp._spec import ConvSpec, Op
 
 _TARGET = "jax_dwbp_depthwise_conv2d"
-_LIBRARY = "jax_dwbp/_impl/_native_cpu.so"
+_LIBRARY = "_native_cpu.so"
 # What a thread may pack at a time; layers of networks need less than 2**20.
 _MAX_SCRATCH = 2**23
 _LINE = 64
@@ -53,16 +57,41 @@ def filter_grad(spec: ConvSpec, x: jax.Array, dy: jax.Array) -> jax.Array:
 @functools.cache
 def _load() -> str | None:
     """Loads and registers the library, or says why not."""
+    places = _places()
+    path = next((place for place in places if place.exists()), None)
+    if path is None:
+        found = ", ".join(map(str, places))
+        return f"its library was not compiled when the package was installed: there is no {found}"
     try:
-        path = importlib.metadata.distribution("jax_dwbp").locate_file(_LIBRARY)
         library = ctypes.CDLL(str(path))
-    except importlib.metadata.PackageNotFoundError:
-        return "the package is not installed, so its library was not compiled"
-    except OSError as error:
-        return f"its library was not compiled when the package was installed: {error}"
-    handler = jax.ffi.pycapsule(getattr(library, _TARGET))
-    jax.ffi.register_ffi_target(_TARGET, handler, platform="cpu")
+        handler = jax.ffi.pycapsule(getattr(library, _TARGET))
+        # JAX looks at it when its CPU backend starts, and if that refuses it, has none.
+        compiled_for = tuple((ctypes.c_int * 2).in_dll(library, "jax_dwbp_ffi_version"))
+        if compiled_for > (here := _ffi_version()):
+            compiled_for, here = (".".join(map(str, version)) for version in (compiled_for, here))
+            return (
+                f"its library was compiled for an FFI of version {compiled_for}, jaxlib has {here}"
+            )
+        jax.ffi.register_ffi_target(_TARGET, handler, platform="cpu")
+    except Exception as error:  # of the loader, of ctypes, or whatever jaxlib refuses it with
+        return f"its library can't be loaded: {error}"
     return None
+
+
+def _ffi_version() -> tuple[int, ...]:
+    """That of jaxlib's FFI, (major, minor), which only its headers tell."""
+    header = Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h"
+    found = re.findall(r"#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)", header.read_text())
+    return tuple(map(int, found))
+
+
+def _places() -> list[Path]:
+    """Where the library may be: beside the package or, of an editable one, what is installed."""
+    places = [Path(folder) / _LIBRARY for folder in _impl.__path__]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        installed = importlib.metadata.distribution("jax_dwbp")
+        places.append(Path(str(installed.locate_file(f"jax_dwbp/_impl/{_LIBRARY}"))))
+    return list(dict.fromkeys(places))
 
 
 def _scratch(op: Op, spec: ConvSpec) -> int:

@@ -17,7 +17,6 @@ _COMPILER = (
     *("-DAvx2Kernels=BaselineKernels", "-DAvx512Kernels=BaselineKernels"),
     *("-isystem", jax.ffi.include_dir()),
 )
-_METADATA = "Metadata-Version: 2.1\nName: jax_dwbp\nVersion: 0.1.0\n"
 
 
 def compile_all(root: Path, directory: Path) -> None:
@@ -29,15 +28,13 @@ def compile_all(root: Path, directory: Path) -> None:
 def install(file: str, copy: Path, directory: Path) -> None:
     """Builds the library of the checkout `copy`, where only `file` is not as it was compiled.
 
-    There it is found before the one that is installed, by the metadata of an installed package.
+    There it is found before the one that is installed.
     """
     objects = {name: str(directory / f"{name}.o") for name in _NAMES}
     changed = Path(file).name
     objects[changed] = str(copy / "changed.o")
     _run("-c", str(copy / "jax_dwbp" / file), "-o", objects[changed])
     _run("-shared", *objects.values(), "-o", str(copy / "jax_dwbp/_impl/_native_cpu.so"))
-    (copy / "jax_dwbp-0.1.0.dist-info").mkdir()
-    (copy / "jax_dwbp-0.1.0.dist-info/METADATA").write_text(_METADATA)
 
 
 def _run(*arguments: str) -> None:

@@ -931,6 +931,10 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b,
 }  // namespace
 }  // namespace jax_dwbp
 
+// Of the headers. A jaxlib with an older one refuses the handler.
+extern "C" __attribute__((visibility("default"))) const int jax_dwbp_ffi_version[] = {
+    XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
+
 extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* jax_dwbp_depthwise_conv2d(
     XLA_FFI_CallFrame*);
 
