@@ -384,6 +384,30 @@ def test_without_the_library(failure, op):
         CASE.run(op, a, b, implementation="native_cpu")
 
 
+def huge_pages():
+    """Prints for how many parts of the process's memory the system was asked for huge pages."""
+    import pathlib
+
+    import jax
+    import jax.numpy as jnp
+
+    import jax_dwbp
+
+    x, f = jnp.ones((1, 1024, 1024, 16)), jnp.ones((1, 1, 16, 1))
+    options = {"strides": (1, 1), "padding": "VALID", "implementation": "native_cpu"}
+    y = jax.block_until_ready(jax_dwbp.depthwise_conv2d_native(x, f, **options))
+    print(pathlib.Path("/proc/self/smaps").read_text().count(" hg"))
+    assert (y == 1).all()
+
+
+@compiled
+@pytest.mark.skipif(not pathlib.Path("/proc/self/smaps").exists(), reason="asks Linux")
+def test_huge_pages():
+    """For a large result, unless the environment says no."""
+    assert int(fresh_process.call(huge_pages, XLA_FLAGS=""))
+    assert not int(fresh_process.call(huge_pages, XLA_FLAGS="", JAX_DWBP_HUGE_PAGES="0"))
+
+
 def test_version_of_the_ffi():
     """As it was when this was written, or newer."""
     assert (0, 3) <= native_cpu._ffi_version() < (1000,)

@@ -9,6 +9,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <random>
 #include <string>
 #include <thread>
@@ -31,6 +33,23 @@ const Kernels& Avx512Kernels(Type) { std::abort(); }
 #endif
 }  // namespace jax_dwbp
 #endif
+
+// What all allocations go through, those of arrays too.
+void* operator new(size_t size) {
+  CountAllocation();
+  if (void* memory = std::malloc(size)) return memory;
+  throw std::bad_alloc();
+}
+void* operator new(size_t size, std::align_val_t alignment) {
+  CountAllocation();
+  const size_t align = static_cast<size_t>(alignment);
+  if (void* memory = std::aligned_alloc(align, (size + align - 1) / align * align)) return memory;
+  throw std::bad_alloc();
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t, std::align_val_t) noexcept { std::free(memory); }
 
 namespace {
 
@@ -210,10 +229,13 @@ void Fail(const Problem& problem, const Type& type, bool channels_first, const c
   std::_Exit(1);
 }
 
-void Check(const Problem& problem, const Type& type, bool channels_first, Arrival arrival) {
+// False if the handler had no memory.
+bool Check(const Problem& problem, const Type& type, bool channels_first, Arrival arrival,
+           int64_t allocations = INT64_MAX) {
   const Spec& spec = problem.spec;
   const bool has_problems = problem.problems > 0;
   XLA_FFI_ExecutionContext pool{arrival};
+  bool had_memory = true;
   {
     Buffer x(type, problem.x, channels_first, has_problems);
     Buffer f(type, problem.f, false, has_problems && !problem.shared);
@@ -228,11 +250,16 @@ void Check(const Problem& problem, const Type& type, bool channels_first, Arriva
                           {spec.low[0], spec.low[1]},
                           {spec.dilation[0], spec.dilation[1]},
                           {a.ForXla(), b.ForXla(), result.ForXla()}};
-    const XLA_FFI_Error* const error = Handle(request, pool);
-    if (error) Fail(problem, type, channels_first, error->message.c_str());
-    if (!result.IsRight()) Fail(problem, type, channels_first, "the result is wrong");
+    allocations_left = allocations;
+    const std::unique_ptr<XLA_FFI_Error> error(Handle(request, pool));
+    had_memory = !error || error->code != XLA_FFI_Error_Code_RESOURCE_EXHAUSTED;
+    if (error && (had_memory || allocations == INT64_MAX)) {
+      Fail(problem, type, channels_first, error->message.c_str());
+    }
+    if (!error && !result.IsRight()) Fail(problem, type, channels_first, "the result is wrong");
   }
   pool.Finish();
+  return had_memory;
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -274,6 +301,11 @@ const Spec kLarge[] = {
     {1, {4, 3}, 500, {9, 9}, 2, {1, 1}, {4, 4}, {4, 4}},
     {40, {12, 11}, 3, {3, 3}, 1, {2, 2}, {0, 0}, {1, 1}},
 };
+// The least that several threads do, packed and in place, to do it many times.
+const Spec kFew[] = {
+    {12, {12, 11}, 18, {3, 3}, 2, {2, 2}, {1, 1}, {1, 1}},
+    {12, {12, 11}, 18, {3, 3}, 1, {1, 1}, {1, 1}, {1, 1}},
+};
 constexpr int kRandom = 500;
 
 class Calls {
@@ -294,6 +326,16 @@ class Calls {
       }
     }
   }
+  // By each op, without memory for one allocation after the other, until there are no more. What XLA's
+  // headers do with a pool that refuses a task takes memory of its own.
+  void Exhausted(const Spec& spec) {
+    for (const Op op : {kForward, kInputGrad, kFilterGrad}) {
+      const Problem problem = Draw(spec, op);
+      for (const Arrival arrival : {kAtOnce, kTooLate}) {
+        for (const bool all : {false, true}) Exhausted(problem, arrival, all);
+      }
+    }
+  }
   // In the scratch that there is.
   void Random() {
     Spec spec{Pick(1, 3), {Pick(1, 14), Pick(1, 40)}, Pick(1, 40), {Pick(1, 7), Pick(1, 9)}, Pick(1, 4)};
@@ -310,6 +352,21 @@ class Calls {
   }
 
  private:
+  void Exhausted(const Problem& problem, Arrival arrival, bool all) {
+    all_fail = all;
+    int failures = 0;
+    bool enough = false;
+    for (int64_t allocations = 0; !enough; ++allocations) {
+      std::thread([&] {
+        failures += !Check(problem, kTypes[2], false, arrival, allocations);
+        enough = allocations_left >= 0;
+        // Whatever was left behind, the next call works.
+        Check(problem, kTypes[2], false, arrival);
+      }).join();
+      count_ += 2;
+    }
+    if (failures == 0) Fail(problem, kTypes[2], false, "no allocation failed");
+  }
   int64_t Pick(int64_t least, int64_t most) {
     return std::uniform_int_distribution<int64_t>(least, most)(random_);
   }
@@ -331,6 +388,7 @@ class Calls {
 int main(int count, char** arguments) {
   Calls calls;
   for (const Spec& large : kLarge) calls.All(large);
+  for (const Spec& few : kFew) calls.Exhausted(few);
   if (count > 1 && arguments[1] == std::string("small")) {
     for (const Spec& small : kSmall) {
       for (const int64_t channels : {small.channels, int64_t{16}, int64_t{35}}) {

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <new>
 #include <string>
 #include <thread>
 #include <utility>
@@ -17,6 +18,29 @@ extern "C" XLA_FFI_Error* jax_dwbp_depthwise_conv2d(XLA_FFI_CallFrame*);
 
 struct XLA_FFI_Error {
   std::string message;
+  XLA_FFI_Error_Code code;
+};
+
+// Memory that a test denies the handler, on all threads: so many allocations succeed, then the next one
+// fails or, to the end of the call, all do. What the host allocates in between isn't counted.
+inline std::atomic<int64_t> allocations_left{INT64_MAX};
+inline std::atomic<bool> all_fail{false};
+inline thread_local bool is_host = true;
+
+inline void CountAllocation() {
+  if (is_host) return;
+  const int64_t left = allocations_left.fetch_sub(1);
+  if (left == 0 || (left < 0 && all_fail)) throw std::bad_alloc();
+}
+
+// Where the code of the handler begins and ends.
+class Within {
+ public:
+  explicit Within(bool host) : was_(std::exchange(is_host, host)) {}
+  ~Within() { is_host = was_; }
+
+ private:
+  bool was_;
 };
 
 // When threads of the pool take up what they are given: at once, or when all is done and what the call
@@ -29,7 +53,12 @@ struct XLA_FFI_ExecutionContext {
   std::vector<std::function<void()>> waiting{};
   std::vector<std::thread> threads{};
 
-  void Schedule(std::function<void()> task) {
+  void Schedule(XLA_FFI_Task* function, void* data) {
+    const Within host(true);
+    std::function<void()> task = [function, data] {
+      const Within handler(false);
+      function(data);
+    };
     if (arrival == kTooLate) return waiting.push_back(std::move(task));
     std::atomic<bool> started{false};
     threads.emplace_back([&started, task = std::move(task)] {
@@ -45,7 +74,8 @@ struct XLA_FFI_ExecutionContext {
 };
 
 inline XLA_FFI_Error* CreateError(XLA_FFI_Error_Create_Args* args) {
-  return new XLA_FFI_Error{args->message};
+  const Within host(true);
+  return new XLA_FFI_Error{args->message, args->errc};
 }
 inline void GetMessage(XLA_FFI_Error_GetMessage_Args* args) {
   args->message = args->error->message.c_str();
@@ -53,12 +83,18 @@ inline void GetMessage(XLA_FFI_Error_GetMessage_Args* args) {
 inline void DestroyError(XLA_FFI_Error_Destroy_Args* args) { delete args->error; }
 
 inline XLA_FFI_Error* Schedule(XLA_FFI_ThreadPool_Schedule_Args* args) {
-  if (args->ctx->arrival == kRefused) return new XLA_FFI_Error{"the pool takes nothing"};
-  args->ctx->Schedule([task = args->task, data = args->data] { task(data); });
+  const Within host(true);
+  if (args->ctx->arrival == kRefused) {
+    return new XLA_FFI_Error{"the pool takes nothing", XLA_FFI_Error_Code_UNAVAILABLE};
+  }
+  args->ctx->Schedule(args->task, args->data);
   return nullptr;
 }
 inline XLA_FFI_Error* NumThreads(XLA_FFI_ThreadPool_NumThreads_Args* args) {
-  if (args->ctx->arrival == kNone) return new XLA_FFI_Error{"there is no pool"};
+  const Within host(true);
+  if (args->ctx->arrival == kNone) {
+    return new XLA_FFI_Error{"there is no pool", XLA_FFI_Error_Code_UNAVAILABLE};
+  }
   *args->num_threads = 4;
   return nullptr;
 }
@@ -108,6 +144,7 @@ inline XLA_FFI_Error* Handle(Request request, XLA_FFI_ExecutionContext& pool) {
   frame.args = {XLA_FFI_Args_STRUCT_SIZE, nullptr, 2, arg_types, args};
   frame.rets = {XLA_FFI_Rets_STRUCT_SIZE, nullptr, 1, ret_types, rets};
   frame.attrs = {XLA_FFI_Attrs_STRUCT_SIZE, nullptr, 5, attr_types, name_pointers, attrs};
+  const Within handler(false);
   return jax_dwbp_depthwise_conv2d(&frame);
 }
 

@@ -14,12 +14,15 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <numeric>
 #include <optional>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -47,6 +50,8 @@ constexpr int64_t kAheadBytes = 64 << 10;
 constexpr int64_t kKeptBytes = 2 << 20;
 // Lines that one thread multiplies in the time that it takes to wake another.
 constexpr int64_t kSmall = 1 << 14;
+// How often the calling thread looks whether the others are done, before it sleeps.
+constexpr int kSpins = 200;
 // The filter gradient is reduced in parts, to have this many tasks, whatever the number of threads:
 // the result may not depend on it. Their sums take at most so many bytes.
 constexpr int64_t kReductionTasks = 32;
@@ -192,13 +197,9 @@ struct Tensor {
         depth(channels_first ? sizes[3] * sizes[4] : 1) {}
 };
 
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-
 // What a thread works in.
 struct Scratch {
-  std::unique_ptr<void, Free> memory;
+  std::unique_ptr<Line[]> memory;
   int64_t capacity = 0;
   std::vector<int64_t> held;  // for each slot of a ring, what it holds
   std::vector<const char*> rows;
@@ -210,28 +211,45 @@ struct Scratch {
 
   Line* Lines(int64_t count) {
     if (count > capacity) {
-      memory.reset();
-      memory.reset(std::aligned_alloc(sizeof(Line), count * sizeof(Line)));
-      capacity = memory ? count : 0;
+      Free();
+      memory.reset(new Line[count]);
+      capacity = count;
     }
-    return static_cast<Line*>(memory.get());
+    return memory.get();
   }
-  void Trim() {
-    if (capacity * static_cast<int64_t>(sizeof(Line)) <= kKeptBytes) return;
+  void Free() {
     memory.reset();
     capacity = 0;
   }
+  void Trim() {
+    if (capacity * static_cast<int64_t>(sizeof(Line)) > kKeptBytes) Free();
+    if (taps.capacity() * static_cast<int64_t>(sizeof(Tap)) > kKeptBytes) taps = {};
+  }
 };
 
-// A large array that was just allocated has no pages yet. Huge ones are there ten times as fast.
+// One for each thread, whatever it runs.
+Scratch& ThreadScratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
+// A large array that was just allocated has no pages yet. Huge ones are there ten times as fast. With
+// JAX_DWBP_HUGE_PAGES=0 the system decides.
 void PreferHugePages(char* data, int64_t bytes) {
 #if defined(__linux__)
   constexpr int64_t kPage = 2 << 20;
   const int64_t start = CeilDiv(reinterpret_cast<int64_t>(data), kPage) * kPage;
   const int64_t end = (reinterpret_cast<int64_t>(data) + bytes) / kPage * kPage;
-  if (end - start >= 4 * kPage) {
-    madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
-  }
+  static const bool allowed = [] {
+    const char* value = std::getenv("JAX_DWBP_HUGE_PAGES");
+    return !value || value != std::string_view("0");
+  }();
+  if (!allowed || end - start < 4 * kPage) return;
+  // Has it a page, it was written before: to look is cheaper than to stop all who ask for memory.
+  unsigned char page = 0;
+  void* const first = reinterpret_cast<void*>(start);
+  if (mincore(first, 1, &page) == 0 && page & 1) return;
+  madvise(first, end - start, MADV_HUGEPAGE);
 #endif
 }
 
@@ -247,6 +265,7 @@ struct Loop {
   };
   std::vector<Share> shares;
   std::atomic<int64_t> done{0};
+  std::atomic<bool> failed{false};
   std::mutex mutex;
   std::condition_variable finished;
 
@@ -272,23 +291,26 @@ struct Loop {
   }
 };
 
-// Runs body(scratch, i) for all i below `count`, on this thread and on idle ones of XLA's pool. False if
-// there was no memory for a thread's scratch.
+// Runs body(scratch, i) for all i below `count`, on this thread and on idle ones of XLA's pool. Throws
+// std::bad_alloc if one of them had no memory.
 template <typename Body>
-bool ParallelFor(ffi::ThreadPool& pool, int64_t threads, int64_t count, int64_t lines,
+void ParallelFor(ffi::ThreadPool& pool, int64_t threads, int64_t count, int64_t lines,
                  const Body& body) {
   threads = std::max<int64_t>(std::min(threads, count), 1);  // a host may have no pool
   auto loop = std::make_shared<Loop>(count, threads);
-  std::atomic<bool> failed{false};
   // A helper that comes late finds nothing left to do, and no longer looks at what this call owns.
-  const auto work = [loop, count, lines, &body, &failed](int64_t own) {
-    static thread_local Scratch scratch;
+  const auto work = [loop, count, lines, &body](int64_t own) {
+    Scratch& scratch = ThreadScratch();
     scratch.filter = scratch.tile = -1;
     const int64_t ran = loop->Run(own, [&](int64_t task) {
-      if (scratch.Lines(lines)) {
+      // What is thrown may not end a thread of the pool, nor this call while others work for it. Only
+      // what allocates throws.
+      try {
+        if (loop->failed) return;
+        scratch.Lines(lines);
         body(scratch, task);
-      } else {
-        failed = true;
+      } catch (const std::exception&) {
+        loop->failed = true;
       }
     });
     if (ran == 0) return;
@@ -298,19 +320,20 @@ bool ParallelFor(ffi::ThreadPool& pool, int64_t threads, int64_t count, int64_t 
       loop->finished.notify_one();
     }
   };
-  for (int64_t helper = 1; helper < threads; ++helper) {
-    pool.Schedule([work, helper] { work(helper); });
+  try {
+    for (int64_t helper = 1; helper < threads; ++helper) {
+      pool.Schedule([work, helper] { work(helper); });
+    }
+  } catch (const std::exception&) {
+    // There are fewer of them.
   }
   work(0);
-  // The others finish at about the same time, so it may not be worth going to sleep.
-  for (int spin = 0; spin < 2000 && loop->done.load() < count; ++spin) {
-#ifdef JAX_DWBP_X86
-    __builtin_ia32_pause();
-#endif
-  }
+  // The others finish at about the same time, so it may not be worth going to sleep. But they may wait
+  // for this core.
+  for (int spin = 0; spin < kSpins && loop->done.load() < count; ++spin) std::this_thread::yield();
   std::unique_lock<std::mutex> lock(loop->mutex);
   loop->finished.wait(lock, [&] { return loop->done.load() >= count; });
-  return !failed;
+  if (loop->failed) throw std::bad_alloc();
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -446,7 +469,7 @@ struct Sizes {
 // ---------------------------------------------------------------------------------------------------
 // The forward op and the input gradient.
 
-bool Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes, const Axis& rows,
+void Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes, const Axis& rows,
               const Axis& columns, const Tensor& in, int64_t in_multiplier, const Tensor& filter,
               const Tensor& out, int64_t out_multiplier) {
   const int64_t lanes = kernels.lanes, element = kernels.element_size;
@@ -479,7 +502,7 @@ bool Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
       weight_lines + ring_lines + (out_in_place ? 1 : task_blocks) * buffer_lines;
 
   PreferHugePages(out.data, sizes.problems * sizes.batch * out.image * element);
-  return ParallelFor(pool, threads, whole * bands, lines, [&](Scratch& scratch, int64_t task) {
+  ParallelFor(pool, threads, whole * bands, lines, [&](Scratch& scratch, int64_t task) {
     // The weights of a chunk of channels are packed once for all images that a thread takes.
     const int64_t band = task % bands, tile = task / bands % tiles;
     const int64_t image_of_chunk = task / bands / tiles;
@@ -624,7 +647,7 @@ bool Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
 // ---------------------------------------------------------------------------------------------------
 // The filter gradient.
 
-bool Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes, const Axis& rows,
+void Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes, const Axis& rows,
                const Axis& columns, const Tensor& in, const Tensor& dy, const Tensor& out) {
   const int64_t lanes = kernels.lanes, element = kernels.element_size, m_count = sizes.multiplier;
   const bool in_place = IsLines(kernels, in, sizes.channels, 1);
@@ -650,9 +673,8 @@ bool Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
   const int64_t most_parts = std::max<int64_t>(1, kReductionBytes / 64 / sum_lines);
   const int64_t wanted = CeilDiv(kReductionTasks, sizes.problems * chunks);
   const int64_t parts = std::min({wanted, most_parts, row_parts});
-  std::unique_ptr<void, Free> memory(std::aligned_alloc(64, parts * sum_lines * sizeof(Line)));
-  Line* const sums = static_cast<Line*>(memory.get());
-  if (!sums) return false;
+  const std::unique_ptr<Line[]> memory(new Line[parts * sum_lines]);
+  Line* const sums = memory.get();
 
   const int64_t ring_lines = in_place ? 0 : task_blocks * ring.block;
   const int64_t dy_lines = in_place && dy_in_place ? 0 : task_blocks * m_count * dy_plane;
@@ -663,7 +685,7 @@ bool Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
   const int64_t tasks = sizes.problems * chunks;
   const int64_t adders = parts * sum_lines < kSmall ? 1 : threads;
 
-  const bool summed = ParallelFor(
+  ParallelFor(
       pool, threads, tasks * parts, lines, [&](Scratch& scratch, int64_t task) {
         const int64_t chunk = task % chunks, part = task / chunks % parts;
         const int64_t problem = task / chunks / parts;
@@ -767,8 +789,7 @@ bool Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
         }
         kernels.add(total, sum, count_of_sums);
       });
-  if (!summed) return false;
-  return ParallelFor(pool, adders, tasks, 1, [&](Scratch&, int64_t task) {
+  ParallelFor(pool, adders, tasks, 1, [&](Scratch&, int64_t task) {
     const int64_t chunk = task % chunks, problem = task / chunks;
     const int64_t first_channel = chunk * task_blocks * lanes;
     const int64_t channels = std::min(task_blocks * lanes, sizes.channels - first_channel);
@@ -883,7 +904,7 @@ const char* WrongShapes(const Shapes& shapes, bool shared_filter, bool channels_
 ffi::Error Run(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b,
                ffi::Result<ffi::AnyBuffer> result, std::string_view op_name,
                ffi::Span<const int64_t> window_strides, ffi::Span<const int64_t> low,
-               ffi::Span<const int64_t> rhs_dilation, bool channels_first) {
+               ffi::Span<const int64_t> rhs_dilation, bool channels_first) try {
   const std::optional<Op> op = OpOf(op_name);
   if (!op) return ffi::Error::InvalidArgument("`op` must be forward, input_grad or filter_grad");
   const ffi::AnyBuffer &x = op == Op::kInputGrad ? *result : a;
@@ -918,14 +939,21 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b,
   }
   const Tensor xt(x.untyped_data(), xs, channels_first), yt(y.untyped_data(), ys, channels_first);
   const Tensor ft(f.untyped_data(), fs, false);
-  const bool ok =
-      op == Op::kForward
-          ? Convolve(pool, *kernels, sizes, axes[0], axes[1], xt, 1, ft, yt, sizes.multiplier)
-      : op == Op::kInputGrad
-          ? Convolve(pool, *kernels, sizes, axes[0], axes[1], yt, sizes.multiplier, ft, xt, 1)
-          : Correlate(pool, *kernels, sizes, axes[0], axes[1], xt, yt, ft);
-  return ok ? ffi::Error::Success()
-            : ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for the scratch of a thread");
+  switch (*op) {
+    case Op::kForward:
+      Convolve(pool, *kernels, sizes, axes[0], axes[1], xt, 1, ft, yt, sizes.multiplier);
+      break;
+    case Op::kInputGrad:
+      Convolve(pool, *kernels, sizes, axes[0], axes[1], yt, sizes.multiplier, ft, xt, 1);
+      break;
+    case Op::kFilterGrad:
+      Correlate(pool, *kernels, sizes, axes[0], axes[1], xt, yt, ft);
+      break;
+  }
+  return ffi::Error::Success();
+} catch (const std::exception&) {
+  // A text that is short enough to take no memory.
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "out of memory");
 }
 
 }  // namespace
