@@ -1,6 +1,7 @@
 """What only a compiled kernel can get wrong: threads, instruction sets, indices, callers."""
 
 import functools
+import itertools
 import pathlib
 import re
 import shutil
@@ -266,7 +267,22 @@ def test_taps_of_each_phase(stride, dilation):
 
 
 @compiled
-@pytest.mark.parametrize("op", ("forward", "filter_grad"))
+@pytest.mark.parametrize("channels", (1, 16))
+@pytest.mark.parametrize("stride", (1, 2))
+def test_filters_longer_than_what_is_read(stride, channels):
+    """Of which a tile of the result meets a part, of the gradient by the input too."""
+    options = {"strides": (1, stride), "dilations": (1, 60)}
+    shape, padding = (9, 10, channels, 1), ((4, 4), (540, 540))
+    padded = Case("padded", (1, 9, 3, channels), shape, padding=padding, **options)
+    valid = Case("valid", (1, 17, 543, channels), shape, padding="VALID", **options)
+    for case, op in itertools.product((padded, valid), OPS):
+        a, b = case.operands(op)
+        got = case.run(op, a, b, implementation="native_cpu")
+        case.check(op, got, case.expected(op, a, b), "float32")
+
+
+@compiled
+@every_op
 def test_time_is_linear_in_the_taps(op):
     """Of one window as long as the signal, which is a multiplication and a sum."""
 

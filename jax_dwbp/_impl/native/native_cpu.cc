@@ -206,8 +206,9 @@ struct Scratch {
   std::vector<const Line*> weights[2];
   std::vector<Line*> sums;
   int64_t filter = -1;  // whose weights are packed
-  std::vector<Tap> taps;
-  int64_t tile = -1;  // whose taps they are
+  std::vector<Tap> taps;        // of each phase, one phase after the other
+  std::vector<int64_t> starts;  // of the phases, and the end
+  int64_t tile = -1;            // whose taps they are
 
   Line* Lines(int64_t count) {
     if (count > capacity) {
@@ -345,6 +346,7 @@ struct Ring {
   const Tensor& tensor;
   int64_t multiplier;
   int64_t tile;        // columns that are written at a time, of each phase
+  int64_t reach;       // from the first offset that meets a tile to the last
   int64_t width;       // lines of one phase of a row
   int64_t row_lines;   // lines of a row
   int64_t slots;       // rows of each phase
@@ -356,23 +358,35 @@ struct Ring {
       : kernels(kernels), rows(rows), columns(columns), tensor(tensor), multiplier(multiplier) {
     slots = std::min(rows.Span() + kernels.rows, CeilDiv(rows.read_size, rows.read_step));
     const int64_t phase_rows = multiplier * slots * rows.phases.size() * columns.phases.size();
-    const int64_t fitting = kTileBytes / 64 / std::max<int64_t>(phase_rows, 1) - columns.Span();
+    const int64_t most_lines = kTileBytes / 64 / std::max<int64_t>(phase_rows, 1);
+    const int64_t fitting = std::max(most_lines - columns.Span(), (most_lines - ReadColumns()) / 2);
     tile = std::min(columns.Count(), most_columns);
     if (fitting < tile) {
       tile = std::min(tile, std::max<int64_t>(fitting / kTileColumns, 1) * kTileColumns);
     }
-    width = tile + columns.Span();
+    // A filter that is longer than what is read meets only a part of it at a time.
+    reach = std::min(columns.Span(), ReadColumns() - 1 + tile - 1);
+    width = tile + reach;
     row_lines = columns.phases.size() * width;
     plane = Odd(slots * rows.phases.size() * row_lines);
     block = multiplier * plane;
   }
 
+  int64_t ReadColumns() const { return CeilDiv(columns.read_size, columns.read_step); }
   int64_t Tiles() const { return CeilDiv(columns.Count(), tile); }
+  bool MeetsAll() const { return reach == columns.Span(); }
+  // Whether the tile from column `start` on needs a tap, and the first offset of those.
+  bool Meets(const AxisTap& tap, int64_t start) const {
+    return MeetsAll() || (tap.begin < start + tile && tap.end > start);
+  }
+  int64_t First(int64_t start) const {
+    return MeetsAll() ? columns.first : std::max(columns.first, 1 - tile - start);
+  }
   int64_t BlockBytes() const { return block * sizeof(Line); }
 
   // Bytes from a row's first line to the first that `tap` reads.
-  int64_t Read(const AxisTap& tap) const {
-    return (tap.phase * width + tap.offset - columns.first) * sizeof(Line);
+  int64_t Read(const AxisTap& tap, int64_t start) const {
+    return (tap.phase * width + tap.offset - First(start)) * sizeof(Line);
   }
 
   void Clear(Scratch& scratch) const {
@@ -391,7 +405,7 @@ struct Ring {
       kernels.pack({const_cast<char*>(image) + row * tensor.row * kernels.element_size, lines, plane,
                     channels, multiplier, tensor.column, tensor.depth},
                    {columns.phases.data(), static_cast<int64_t>(columns.phases.size()),
-                    columns.read_step, start + columns.first, width, columns.read_size});
+                    columns.read_step, start + First(start), width, columns.read_size});
     }
     return reinterpret_cast<const char*>(lines);
   }
@@ -436,16 +450,19 @@ bool BeginTile(Scratch& scratch, int64_t tile, const Ring& ring, const InPlace* 
   const Axis& columns = ring.columns;
   const int64_t start = tile * ring.tile, period = in_place ? 1 : columns.period;
   scratch.taps.clear();
+  scratch.starts.assign(1, 0);
   for (int64_t phase = 0; phase < columns.WrittenPhases(); ++phase) {
     const ffi::Span<const AxisTap> taps = columns.Taps(phase);
     const int64_t count = taps.size();
     for (int64_t first = 0; first < std::min(period, count); ++first) {
       for (int64_t i = first; i < count; i += period) {
         const AxisTap& tap = taps[columns.falls ? count - 1 - i : i];
-        scratch.taps.push_back({in_place ? in_place->Read(tap, start) : ring.Read(tap), tap.k,
-                                tap.begin - start, tap.end - start});
+        if (!ring.Meets(tap, start)) continue;
+        const int64_t read = in_place ? in_place->Read(tap, start) : ring.Read(tap, start);
+        scratch.taps.push_back({read, tap.k, tap.begin - start, tap.end - start});
       }
     }
+    scratch.starts.push_back(scratch.taps.size());
   }
   return true;
 }
@@ -609,8 +626,8 @@ void Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
                              {scratch.weights[0].data(), scratch.weights[1].data()},
                              both_begin,
                              both_end,
-                             scratch.taps.data() + columns.starts[phase],
-                             columns.TapCount(phase),
+                             scratch.taps.data() + scratch.starts[phase],
+                             scratch.starts[phase + 1] - scratch.starts[phase],
                              count,
                              {},
                              out_in_place ? out_step * element : line,
@@ -772,7 +789,7 @@ void Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
                       dy_in_place ? line : m_count * dy_plane * line, !dy_in_place,
                       {dy_start + dy.row * element,
                        dy_in_place && chunks == 1 && channel == 0 && t + 1 < dy_rows}},
-                     scratch.sums.data(), scratch.taps.data(), columns.TapCount(0), count, end - block,
+                     scratch.sums.data(), scratch.taps.data(), scratch.starts[1], count, end - block,
                      m_count * sum_plane});
                 for (Line*& row : scratch.sums) row += sum_plane;
               }
