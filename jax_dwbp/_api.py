@@ -242,7 +242,8 @@ def implementations(
     Nothing is run: `fun`, one of the functions of this package or any function that calls them, its
     gradient included, is traced for the shapes of its arguments. The answer is that for one device:
     of a sharded program each device decides by its part, and what is exported leaves out native_cpu
-    and pallas_gpu.
+    and pallas_gpu. Where an operand or the result is empty nobody has a reason: it is zeros, by
+    whatever name and on any platform.
 
     Args:
       fun: the function.

@@ -89,6 +89,8 @@ def _names(
 ) -> list[str]:
     """All implementations, best first."""
     names: list[str] = [*(_ON_CPU if platform == "cpu" else _ELSEWHERE)]
+    if _is_empty(op, _channels_last(spec), *operands):
+        return names
     for name, (home, _) in _KERNELS.items():
         if platform == home != "cpu" and _why_not(name, op, spec, platform, operands) is None:
             if _module(name).preferred(op, _channels_last(spec), *operands):
@@ -113,6 +115,8 @@ def _why_not(
     operands: list[jax.ShapeDtypeStruct],
 ) -> str | None:
     """The reason why an implementation can't run `op`, or None."""
+    if _is_empty(op, _channels_last(spec), *operands):
+        return None
     if name in _KERNELS:
         home, device = _KERNELS[name]
         if platform not in (None, home) and (home == "cpu" or not interpreted()):
@@ -137,7 +141,7 @@ def run(
     A filter without one is shared by the problems of the other operand.
     """
     shape = spec.result_shape(op, a.shape, b.shape)
-    if 0 in (*shape, *a.shape, *b.shape):
+    if _is_empty(op, spec, a, b):
         return jnp.zeros(shape, a.dtype)
     selected = select(op, spec, platform, a, b, program)
     implementation = getattr(_module(selected), op)
@@ -168,6 +172,11 @@ def run(
         always = (first == first) | (first != first)
         return lax.cond(always, canonical, lambda a, b: lax.full_like(a, 0, shape=shape), a, b)
     return lax.optimization_barrier(canonical(*lax.optimization_barrier((a, b))))
+
+
+def _is_empty(op: Op, spec: ConvSpec, a: Any, b: Any) -> bool:
+    """Has an operand or the result no element? Then the result is zeros, and nobody is asked."""
+    return 0 in (*a.shape, *b.shape, *spec.result_shape(op, a.shape, b.shape))
 
 
 def _canonical_shapes(op: Op, spec: ConvSpec, a: Any, b: Any) -> list[jax.ShapeDtypeStruct]:

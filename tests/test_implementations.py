@@ -1,19 +1,33 @@
 """Which implementation runs, on which platform, and how it is asked for."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import DEFAULT_ON_CPU, IMPLEMENTATIONS, OPS, Case
+from cases import DEFAULT_ON_CPU, IMPLEMENTATIONS, KERNELS, OPS, Case
 
 import jax_dwbp
+from jax_dwbp import _dispatch
 
 CASE = Case("selected", (1, 5, 6, 2), (3, 3, 2, 1))
 MANY_COLUMNS = Case("many_columns", (1, 3, 80, 2), (2, 64, 2, 1))
 MANY_PHASES = Case("many_phases", (1, 9, 9, 2), (3, 3, 2, 1), (5, 4))
 TAPS_OR_LAX = ("xla_taps", "lax")
+EMPTY = (
+    Case("no images", (0, 5, 6, 2), (3, 3, 2, 2)),
+    Case("no rows", (1, 0, 6, 2), (3, 3, 2, 1)),
+    Case("no columns", (1, 5, 0, 2), (3, 3, 2, 1), (2, 2)),
+    Case("padding alone", (1, 0, 6, 2), (2, 3, 2, 1), padding=((2, 2), (1, 1))),
+    Case("no channels", (1, 5, 6, 0), (3, 3, 0, 2)),
+    Case("multiplier of 0", (1, 5, 6, 2), (3, 3, 2, 0)),
+    Case("no rows of the filter", (1, 5, 6, 2), (0, 3, 2, 1), padding="VALID"),
+    Case("no columns of the filter", (9, 5, 6, 2), (3, 0, 2, 1), padding="VALID"),
+    Case("no rows of the output", (1, 1, 8, 3), (4, 3, 3, 1), (4, 4), "VALID"),
+    Case("no columns of the output", (9, 8, 1, 3), (3, 4, 3, 2), (4, 4), "VALID"),
+)
 
 
 def selection(case, op, platform="cpu", **options):
@@ -133,6 +147,29 @@ def test_a_name_runs_that_one_or_raises():
     with pytest.raises(NotImplementedError, match="at most 16"):
         # The gradient is asked of the same implementation.
         jax.grad(lambda a: jnp.sum(MANY_PHASES.run("forward", a, b, implementation="xla_taps")))(a)
+
+
+@pytest.mark.parametrize("case", EMPTY, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_what_is_empty_is_empty_before_anybody_is_asked(op, case, monkeypatch):
+    monkeypatch.setattr(_dispatch, "_module", lambda name: pytest.fail(f"{name} was asked"))
+    a, b = case.operands(op)
+    for platform in _dispatch.PLATFORMS:
+        found = selection(case, op, platform)
+        names = list(found.reasons)
+        assert found == (op, names[0], dict.fromkeys(names))
+        assert set(names) == {*TAPS_OR_LAX, "native_cpu", *KERNELS}
+        for requested in (*names, ("pallas_tpu", "lax"), ("pallas_gpu", "lax")):
+            first = requested if isinstance(requested, str) else requested[0]
+            assert selection(case, op, platform, implementation=requested).runs == first
+            run = jax.jit(functools.partial(case.run, op, implementation=requested))
+            lowered = run.trace(a, b).lower(lowering_platforms=(platform,))
+            assert "custom_call" not in lowered.as_text()
+    for name in names:
+        got = case.run(op, a, b, implementation=name)
+        np.testing.assert_array_equal(got, case.expected(op, a, b))
+    with pytest.raises(ValueError, match="`implementation` must be out of"):
+        case.run(op, a, b, implementation="fast")
 
 
 def test_a_sequence_is_tried_in_order():
