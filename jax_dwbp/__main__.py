@@ -148,6 +148,7 @@ def _run_on_files(values: dict[str, Any]) -> int:
         **_attributes(values),
     )
     f, dy = (_load(name, values[name]) for name in ("filter", "out_backprop"))
+    _command_line.device()
     try:
         with jax.enable_x64(True):  # float64 files stay float64
             # Without the wait, an allocation that fails makes XLA abort the process in np.asarray.
@@ -229,6 +230,7 @@ class _Check(NamedTuple):
 
 
 def _run_on_picture() -> int:
+    device = _command_line.device()
     source, picture = _picture()
     x = jnp.asarray(picture[None], jnp.float32) / 255
     f = _filter_bank(x.shape[-1])
@@ -242,7 +244,6 @@ def _run_on_picture() -> int:
     later = statistics.median(_timed(op, f, dy)[1] for _ in range(_REPETITIONS))
     [selection] = jax_dwbp.implementations(op, f, dy)
 
-    device = jax.devices()[0]
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "numpy")]
     for label, value in (
         ("jax_dwbp", jax_dwbp.__version__),

@@ -483,8 +483,7 @@ def _share(cells: dict[str, _Row], name: str, rate: float) -> float:
     return floor / cells[name]["median"]
 
 
-def _meta(peers: Sequence[str]) -> dict[str, Any]:
-    device = jax.devices()[0]
+def _meta(device: Any, peers: Sequence[str]) -> dict[str, Any]:
     packages = dict.fromkeys(["jax", "jaxlib", "numpy", *(_PEERS[peer][0] for peer in peers)])
     return {
         "machine": f"{_cpu_model()}, {os.cpu_count()} logical cores",
@@ -595,6 +594,7 @@ def _shown(values: flags.FlagValues, figures: _Figures) -> tuple[str, bytes | No
 
 
 def _timed(values: flags.FlagValues, problems: Sequence[_Problem]) -> _Figures:
+    device = _command_line.device()
     selections = [selection for problem in problems for selection in _selections(problem)]
     known = ["default", *selections[0].reasons]
     if values.implementations is None:
@@ -614,7 +614,7 @@ def _timed(values: flags.FlagValues, problems: Sequence[_Problem]) -> _Figures:
             mismatches.append(str(error))
     results = {"multiply_adds_per_second": rate, "mismatches": mismatches}
     contestants = {"implementations": names, "peers": peers}
-    return {"meta": _meta(peers) | contestants | results, "rows": rows}
+    return {"meta": _meta(device, peers) | contestants | results, "rows": rows}
 
 
 def _read(values: flags.FlagValues, problems: Sequence[_Problem]) -> _Figures:

@@ -353,6 +353,19 @@ def test_read_what_was_edited(saved, change, capsys):
         assert err or name != "median"
 
 
+def test_device_that_is_full(saved, capsys):
+    assert show("--json=/dev/full") == 2
+    assert capsys.readouterr().err == "jax_dwbp.bench: --json=/dev/full: No space left on device\n"
+    assert Path("/dev/full").is_char_device()
+
+
+def test_link_to_nowhere(saved, capsys):
+    Path("again.json").symlink_to("nope/again.json")
+    assert show("--json=again.json") == 2
+    expected = "jax_dwbp.bench: --json=again.json: not a file in a directory that can be written\n"
+    assert capsys.readouterr() == ("", expected)
+
+
 def test_full_disk(capsys, monkeypatch):
     def replace(*args):
         raise OSError(28, "No space left on device")

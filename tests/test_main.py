@@ -1,7 +1,10 @@
 """`python -m jax_dwbp`: its report on a picture, the op on files, and one line for each error."""
 
 import errno
+import os
 import re
+import signal
+import stat
 import sys
 import zipfile
 from pathlib import Path
@@ -365,6 +368,30 @@ def test_full_disk(error, output, capsys, monkeypatch):
     assert contents() == before
 
 
+@pytest.mark.parametrize("output", ("dx.npy", "dx.npz"))
+def test_output_keeps_its_link_and_its_mode(output):
+    case = CASES["plain"]
+    f, dy = write(case)
+    Path("other").mkdir()
+    target = Path("other", output)
+    target.write_text("an earlier result")
+    target.chmod(0o640)
+    Path(output).symlink_to(target)
+    assert main(command(case, output=output)) == 0
+    assert Path(output).is_symlink() and os.listdir("other") == [output]
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
+    got = np.load(target)
+    got = got["dx"] if output == "dx.npz" else got
+    case.check("input_grad", got, case.expected("input_grad", f, dy), "float32")
+
+
+def test_output_through_a_link_to_no_file_yet():
+    write(CASES["plain"])
+    Path("dx.npy").symlink_to("target.npy")
+    assert main(command(CASES["plain"])) == 0
+    assert Path("dx.npy").is_symlink() and np.load("target.npy").shape == CASES["plain"].input
+
+
 def test_help(capsys):
     assert main(["jax_dwbp", "--help"]) == 0
     text = capsys.readouterr().out
@@ -394,8 +421,72 @@ def test_program_reports_errors():
     assert program(*command(CASES["plain"])) == (2, "", line)
 
 
-def test_program_without_a_device(monkeypatch):
-    monkeypatch.setenv("JAX_PLATFORMS", "abacus")
-    status, out, err = program("jax_dwbp")
+# By what JAX says itself, and where it fails without a word.
+@pytest.mark.parametrize("platform", ("abacus", "cuda"))
+@pytest.mark.parametrize("arguments", (["jax_dwbp"], ["jax_dwbp.bench"], command(CASES["plain"])))
+def test_program_without_a_device(platform, arguments, monkeypatch):
+    write(CASES["plain"])
+    monkeypatch.setenv("JAX_PLATFORMS", platform)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    status, out, err = program(*arguments)
     assert (status, out) == (2, "")
-    assert re.fullmatch("jax_dwbp: .*abacus.*\n", err)
+    assert re.fullmatch(f"{re.escape(arguments[0])}: .*{platform}.*\n", err)
+
+
+def prepared(preparation, *argv):
+    """The exit status and output of `main(argv)` in a process of its own, after `preparation`."""
+    start = "import os, resource, signal, sys\nfrom jax_dwbp.__main__ import main"
+    source = f"{start}\n{preparation}\nsys.exit(main({argv!r}))"
+    return fresh_process.finish(fresh_process.start("-W", "error", "-c", source))
+
+
+TOO_LARGE = "resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))"
+
+
+@pytest.mark.parametrize("output", ("dx.npy", "dx.npz"))
+def test_output_that_the_system_does_not_take(output):
+    write(CASES["plain"])
+    Path(output).write_text("an earlier result")
+    Path(f"full{output}").symlink_to("/dev/full")
+    before = os.listdir(), Path(output).read_text()
+    for preparation, path, reason in (
+        (TOO_LARGE, output, "File too large"),
+        ("", f"full{output}", "No space left on device"),
+    ):
+        expected = f"jax_dwbp: --output={path}: {reason}\n"
+        assert prepared(preparation, *command(CASES["plain"], output=path)) == (2, "", expected)
+        assert (os.listdir(), Path(output).read_text()) == before
+    assert Path(f"full{output}").is_symlink()
+
+
+@pytest.mark.parametrize("name", ("SIGTERM", "SIGHUP"))
+def test_output_of_a_program_that_is_ended(name):
+    write(CASES["plain"])
+    Path("dx.npy").write_text("an earlier result")
+    before = contents()
+    # As the file is complete, but not yet where it belongs.
+    end = f"os.replace = lambda *paths: os.kill(os.getpid(), signal.{name})"
+    ended = prepared(end, *command(CASES["plain"]))
+    assert ended == (128 + signal.Signals[name], "", "")
+    assert contents() == before
+    ignored = f"signal.signal(signal.{name}, signal.SIG_IGN)\n{end}"
+    status, _, err = prepared(ignored, *command(CASES["plain"]))
+    assert (status, err) == (0, "")
+
+
+@pytest.mark.parametrize("argv", (["jax_dwbp"], ["jax_dwbp", "--help"], command(CASES["plain"])))
+def test_standard_output_that_is_closed_early(argv):
+    write(CASES["plain"])
+    process = fresh_process.start("-W", "error", "-m", *argv)
+    assert process.stdout is not None
+    process.stdout.close()
+    status, _, err = fresh_process.finish(process)
+    assert (status, err) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.parametrize("argv", (["jax_dwbp"], ["jax_dwbp", "--help"], command(CASES["plain"])))
+def test_standard_output_that_is_full(argv):
+    write(CASES["plain"])
+    full = "os.dup2(os.open('/dev/full', os.O_WRONLY), 1)"
+    expected = "jax_dwbp: standard output: No space left on device\n"
+    assert prepared(full, *argv) == (2, "", expected)

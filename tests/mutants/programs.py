@@ -24,10 +24,14 @@ FAULTS = [
     *faults(
         "_command_line.py",
         ("list(dict.fromkeys(names))", "list(names)", "tests/test_bench.py -k ratios"),
-        ("            os.remove(temporary)", "            pass", f"{MAIN} -k disk"),
+        ("                os.remove(temporary)", "                pass", f"{MAIN} -k output"),
+        ("_replace(os.path.realpath(path), ", "_replace(path, ", f"{MAIN} -k output"),
+        ("if os.path.exists(path):", "if False:", f"{MAIN} -k output"),
+        (" if signal.getsignal(s) == signal.SIG_DFL]", "]", f"{MAIN} -k output"),
+        ('print(end="", flush=True)', 'print(end="")', f"{MAIN} -k standard"),
         ("not names or not set(names)", Operator("ReplaceOrWithAnd"), BENCH_ERRORS),
         ("RuntimeError, MemoryError) as", "RuntimeError) as", BENCH_ERRORS),
-        ('os.path.dirname(path) or "."', "os.path.dirname(path)", BENCH_ERRORS),
+        ("os.path.dirname(os.path.realpath(path))", "os.path.dirname(path)", BENCH_ERRORS),
     ),
     *faults(
         "bench.py",
