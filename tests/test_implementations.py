@@ -1,7 +1,10 @@
 """Which implementation runs, on which platform, and how it is asked for."""
 
+import contextlib
 import dataclasses
 import functools
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,29 @@ CASE = Case("selected", (1, 5, 6, 2), (3, 3, 2, 1))
 MANY_COLUMNS = Case("many_columns", (1, 3, 80, 2), (2, 64, 2, 1))
 MANY_PHASES = Case("many_phases", (1, 9, 9, 2), (3, 3, 2, 1), (5, 4))
 TAPS_OR_LAX = ("xla_taps", "lax")
+MOST = 2**31 - 1
+EXTREME = (
+    Case("rows of a filter", (1, 10**6, 1, 16), (10**5, 1, 16, 1)),
+    Case("rows of a filter that fits", (1, 10**6, 10**6, 1), (57_344, 1, 1, 1)),
+    Case("columns of a filter", (1, 1, 10**6, 16), (1, 10**5, 16, 1)),
+    Case("a filter of the largest size", (1, MOST, 1, 1), (MOST, 1, 1, 1), padding="VALID"),
+    Case("taps of many phases", (8, 10**7, 8, 3), (50_000, 1, 3, 1), (256, 1), dilations=(255, 1)),
+    Case("rows", (8, MOST - 5, 1, 8), (3, 3, 8, 1)),
+    Case("rows of few images", (1, MOST - 5, 2, 8), (3, 3, 8, 2)),
+    Case("columns", (8, 1, MOST - 5, 8), (3, 3, 8, 1)),
+    Case("columns of few images", (1, 1, 10**6, 16), (1, 128, 16, 1)),
+    Case("images", (MOST, 8, 8, 3), (3, 3, 3, 1)),
+    Case("channels", (1, 8, 8, MOST), (3, 3, MOST, 1)),
+    Case("multiplier", (1, 8, 8, 1), (3, 3, 1, MOST)),
+    Case("pads of rows", (1, 8, 8, 3), (3, 3, 3, 1), padding=((10**8, 10**8), (1, 1))),
+    Case("pads of columns", (9, 8, 8, 3), (3, 3, 3, 1), padding=((1, 1), (10**8, 10**8))),
+    Case("pads", (9, 8, 8, 3), (3, 3, 3, 1), (10**6, 10**6), ((10**8, 10**8), (10**8, 10**8))),
+    Case("strides", (1, 8, 8, 3), (3, 3, 3, 1), (10**6, 10**6)),
+    Case("strides that are met", (1, 10**8, 8, 3), (3, 3, 3, 1), (10**6, 1)),
+    Case("largest strides", (1, 8, 8, 3), (3, 3, 3, 1), (MOST, MOST)),
+    Case("dilations", (8, 8, 8, 3), (3, 3, 3, 1), dilations=(10**6, 10**6)),
+    Case("largest dilations", (8, 8, 1, 3), (2, 1, 3, 1), dilations=(MOST - 9, MOST)),
+)
 EMPTY = (
     Case("no images", (0, 5, 6, 2), (3, 3, 2, 2)),
     Case("no rows", (1, 0, 6, 2), (3, 3, 2, 1)),
@@ -28,6 +54,13 @@ EMPTY = (
     Case("no rows of the output", (1, 1, 8, 3), (4, 3, 3, 1), (4, 4), "VALID"),
     Case("no columns of the output", (9, 8, 1, 3), (3, 4, 3, 2), (4, 4), "VALID"),
 )
+
+
+def shapes(case, op):
+    x, f, dy = (
+        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (case.input, case.filter, case.output)
+    )
+    return {"forward": (x, f), "input_grad": (f, dy), "filter_grad": (x, dy)}[op]
 
 
 def selection(case, op, platform="cpu", **options):
@@ -54,6 +87,41 @@ def test_defaults(op):
     assert selection(CASE, op, "rocm").runs == "lax"
     large = dataclasses.replace(CASE, filter=(9, 9, 2, 1))
     assert selection(large, op, "cuda").runs == "lax"
+
+
+@contextlib.contextmanager
+def steps(most):
+    """Fails what takes more than so many lines of this package, when it does."""
+    package = str(Path(jax_dwbp.__file__).parent)
+    taken = 0
+
+    def trace(frame, event, argument):
+        nonlocal taken
+        if not frame.f_code.co_filename.startswith(package):
+            return None
+        taken += event == "line"
+        assert taken <= most, f"{frame.f_code.co_qualname} takes too long"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize("case", EXTREME, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_who_runs_is_known_soon(op, case):
+    """What is planned is bounded by what fits a device, not by the sizes."""
+    for platform in _dispatch.PLATFORMS:
+        with steps(10**6):
+            [found] = jax_dwbp.implementations(
+                functools.partial(case.run, op), *shapes(case, op), platform=platform
+            )
+        # Of the largest the other two refuse some on a CPU, where native_cpu may not be compiled.
+        assert found.runs is not None or platform == "cpu"
 
 
 def test_vectors_are_static():
@@ -94,13 +162,8 @@ def many_positions(op, positions):
 def test_limit_of_lax_on_a_cpu(op):
     def reason(positions, platform):
         case = many_positions(op, positions)
-        shapes = {
-            "forward": (case.input, case.filter),
-            "input_grad": (case.filter, case.output),
-            "filter_grad": (case.input, case.output),
-        }[op]
-        a, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
-        [found] = jax_dwbp.implementations(lambda a, b: case.run(op, a, b), a, b, platform=platform)
+        run = functools.partial(case.run, op)
+        [found] = jax_dwbp.implementations(run, *shapes(case, op), platform=platform)
         return found.reasons["lax"]
 
     assert reason(2**24, "cpu") is reason(2**24 + 1, "tpu") is None

@@ -282,6 +282,13 @@ def test_unsupported():
     wide = Case("wide", (2, 5, 200, 3), (1, 129, 3, 1))
     assert unsupported(wide) == "filters may have at most 128 columns, got 129"
     assert unsupported(Case("widest", (2, 5, 200, 3), (1, 128, 3, 1))) is None
+    for strides, reason in (
+        ((16, 16), None),
+        ((1, 257), "strides may have a product of at most 256, got (1, 257)"),
+    ):
+        strided = Case("strided", (2, 5, 6, 3), (3, 3, 3, 1), strides)
+        assert unsupported(strided, "input_grad") == reason
+        assert unsupported(strided) is None
     many = Case("many", (2, 5, 6, 3), (3, 3, 3, 2000))
     assert "at most 4096 outputs, got 6000" in str(unsupported(many))
 
@@ -301,11 +308,33 @@ def test_tiles_have_few_rows_that_are_not_there(op):
 
 
 @every_op
+@pytest.mark.parametrize("size", (199, 240, 1024))
+def test_the_fewest_rows_are_moved_of_what_fits(monkeypatch, op, size):
+    """Of all tiles of rows, which are not tried one by one."""
+    case = Case("", (8, size, 10, 6), (5, 3, 6, 1), (2, 1))
+    whole = plan_of(case, op)
+    for divisor in (1, 2, 3, 5, 8):
+        limit = whole.bytes // divisor
+        monkeypatch.setattr(pallas_tpu, "_VMEM", (limit,) * 2)
+        pallas_tpu._plan.cache_clear()
+        window = whole.rows
+        every = [
+            whole._replace(rows=pallas_tpu._window(window.axis, tiles, 1))
+            for tiles in range(1, window.axis.count + 1)
+        ]
+        fitting = [plan for plan in every if plan.bytes <= limit]
+        assert plan_of(case, op) == min(fitting, key=lambda plan: plan.rows.moved)
+
+
+@every_op
 def test_what_it_takes_fits_the_vmem(op):
     fitting = Case("fits", (32, 4096, 64, 128), (31, 31, 128, 1))
     assert plan_of(fitting, op).bytes <= pallas_tpu._VMEM[-1]
-    beyond = Case("beyond", (32, 40, 40, 128), (31, 31, 128, 32))
-    assert "VMEM" in str(unsupported(beyond, op))
+    for beyond in (
+        Case("lanes", (32, 40, 40, 128), (31, 31, 128, 32)),
+        Case("taps", (1, 10**5, 1, 16), (57_345, 1, 16, 1)),
+    ):
+        assert "VMEM" in str(unsupported(beyond, op))
 
 
 # ---- When it is the best.

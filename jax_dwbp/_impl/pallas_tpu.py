@@ -15,9 +15,10 @@ A multiplier makes lanes: x is repeated M times as it is copied, or the M lanes 
 are summed before they are stored, both by gathers along lanes.
 """
 
+import bisect
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +48,8 @@ _UNROLLED = 64
 # Pieces of an axis outside of its loop.
 _PEELED = 3
 _MAX_COLUMNS = 128
+# A stride of 16 x 16 has 256 phases, whose results a body computes one after the other.
+_MAX_PHASES = 256
 _MAX_CHUNKS = 32
 
 
@@ -61,6 +64,8 @@ def unsupported(
         return f"a TPU computes in float32 and bfloat16, got {a.dtype}"
     if spec.kernel_spatial[1] > _MAX_COLUMNS:
         return f"filters may have at most {_MAX_COLUMNS} columns, got {spec.kernel_spatial[1]}"
+    if op == "input_grad" and math.prod(spec.window_strides) > _MAX_PHASES:
+        return f"strides may have a product of at most {_MAX_PHASES}, got {spec.window_strides}"
     lanes = min(spec.channels, _LANES) * spec.multiplier
     if lanes > _MAX_CHUNKS * _LANES:
         return (
@@ -194,8 +199,9 @@ class _Window(NamedTuple):
     @property
     def read(self) -> tuple[int, int]:
         """The rows of the scratch that a tap meets."""
-        offsets, span = _offsets(self.axis), self.axis.step * (self.tile - 1) + 1
-        return max(0, self.border + offsets[0]), self.border + offsets[-1] + span
+        low, high = _reach(self.axis)
+        span = self.axis.step * (self.tile - 1) + 1
+        return max(0, self.border + low), self.border + high + span
 
     @property
     def moved(self) -> tuple[int, int]:
@@ -234,14 +240,13 @@ class _Window(NamedTuple):
 
         If it `peels`, what meets a border is outside of the loop, unless that is too much.
         """
-        offsets = _offsets(self.axis)
-        step, firsts = self.axis.step, [self.tile * t for t in range(self.tiles)]
+        before, after = _reach(self.axis)
+        step, last_tile = self.axis.step, self.tile * (self.tiles - 1)
 
         def piece(start: int) -> _Piece:
             count = min(size, self.tile - start)
-            low, high = step * start, step * (start + count - 1)
-            low, high = low + offsets[0], high + offsets[-1]
-            inside = all(0 <= step * f + low and step * f + high < self.axis.source for f in firsts)
+            low, high = step * start + before, step * (last_tile + start + count - 1) + after
+            inside = 0 <= low and high < self.axis.source
             exist = self.exist(_Piece(start, count, False))
             return _Piece(start, count, inside and exist)
 
@@ -274,17 +279,19 @@ class _Window(NamedTuple):
 
 
 def _window(axis: Axis, tiles: int, unit: int) -> _Window:
-    offsets = _offsets(axis)
+    low, high = _reach(axis)
     tile = -(-axis.count // tiles)
-    border = -(offsets[0] // unit * unit)
+    border = -(low // unit * unit)
     # Columns are computed `unit` at a time, and those beyond the last one read what is there.
     span = axis.step * (-(-tile // unit) * unit - 1) + 1
-    rows = offsets[-1] + border + span
+    rows = high + border + span
     return _Window(axis, tile, border, -(-rows // unit) * unit)
 
 
-def _offsets(axis: Axis) -> list[int]:
-    return sorted({tap.offset for taps in axis.phases for tap in taps}) or [0]
+def _reach(axis: Axis) -> tuple[int, int]:
+    """The least and the greatest offset: those of a phase rise or fall."""
+    ends = [tap.offset for taps in axis.phases for tap in (*taps[:1], *taps[-1:])]
+    return min(ends, default=0), max(ends, default=0)
 
 
 class _Plan(NamedTuple):
@@ -518,31 +525,39 @@ def _plan_of(op: Op, spec: ConvSpec, source: jax.Array) -> _Plan:
 @functools.lru_cache
 def _plan(op: Op, spec: ConvSpec, batch: int, dtype) -> _Plan | None:
     """The one with the fewest tiles of columns that fits, and which moves the least of rows."""
+    if 2 * math.prod(spec.kernel_spatial) * _LANES * 4 > _VMEM[-1]:
+        return None  # for the filter alone, of which all taps are to be listed
     for limit in _VMEM:
         for plans in _plans(op, spec, batch, dtype):
             # Cut columns take conditions for each: that is the last resort.
-            if plans[0].columns.tiles > 1 and limit != _VMEM[-1]:
+            if plans(1).columns.tiles > 1 and limit != _VMEM[-1]:
                 break
-            fitting = [plan for plan in plans if plan.bytes <= limit]
-            if fitting:
-                return min(fitting, key=lambda plan: plan.rows.moved)
+            count = plans(1).rows.axis.count
+            # The more tiles of rows, the less they take.
+            fewest = bisect.bisect_left(
+                range(count), True, key=lambda i: plans(i + 1).bytes <= limit
+            )
+            if fewest < count:
+                most = _ceil(count, fewest + 1)
+                downs = {_ceil(count, tile) for tile in range(1, most + 1)}
+                return min(map(plans, sorted(downs)), key=lambda plan: plan.rows.moved)
     return None
 
 
-def _plans(op: Op, spec: ConvSpec, batch: int, dtype) -> Iterator[list[_Plan]]:
-    """By the tiles of columns, those with more and more tiles of rows."""
+def _plans(op: Op, spec: ConvSpec, batch: int, dtype) -> Iterator[Callable[[int], _Plan]]:
+    """By the tiles of columns, that of so many tiles of rows."""
     rows, columns = axes(op, spec)
-    downs = sorted({_ceil(rows.count, tile) for tile in range(1, rows.count + 1)})
     for view in _views(spec, batch):
         unit = _SUBLANES if view[-2] == "w" else 1
         # A block may not start within a tile.
         most = 1 if unit > 1 else columns.count
         for across in (2**i for i in range(most.bit_length())):
             window = _window(columns, across, unit)
-            yield [
-                _Plan(op, spec, view, _window(rows, down, 1), window, batch, dtype)
-                for down in downs
-            ]
+
+            def plan(down: int, view=view, window=window) -> _Plan:
+                return _Plan(op, spec, view, _window(rows, down, 1), window, batch, dtype)
+
+            yield plan
 
 
 def _views(spec: ConvSpec, batch: int) -> list[str]:
@@ -907,7 +922,8 @@ def _reader(plan: _Plan, ids, source_ref, rows: _Piece, columns: _Piece) -> Call
         # There is no load of bfloat16 with a stride.
         return jnp.stack([source_ref[row, at + step * i] for i in range(low, high)]), low
 
-    runs = _runs(_offsets(window.axis), step, columns.count)
+    offsets = {tap.offset for taps in window.axis.phases for tap in taps}
+    runs = _runs(offsets, step, columns.count)
 
     @functools.cache
     def load_run(offset, run: range):
@@ -936,7 +952,7 @@ def _reader(plan: _Plan, ids, source_ref, rows: _Piece, columns: _Piece) -> Call
     return read
 
 
-def _runs(offsets: list[int], step: int, width: int) -> list[range]:
+def _runs(offsets: Iterable[int], step: int, width: int) -> list[range]:
     """The offsets in ranges, each of those whose `width` columns, a step apart, overlap."""
     runs: list[range] = []
     for offset in sorted(offsets, key=lambda offset: (offset % step, offset)):

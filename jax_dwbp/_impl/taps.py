@@ -6,6 +6,7 @@ t + (a + low - dilation*k) / stride. So each phase is a dense sum of its own tap
 are interleaved at the end.
 """
 
+import math
 from typing import NamedTuple
 
 from jax_dwbp._spec import ConvSpec, Op, Pair
@@ -55,16 +56,19 @@ def _forward(size: int, kernel: int, out: int, stride: int, pads: Pair, dilation
 
 def _input_grad(size: int, kernel: int, out: int, stride: int, pads: Pair, dilation: int) -> Axis:
     low, count = pads[0], -(-size // stride)
+    # The taps k of a phase, where dilation*k = a + low modulo the stride, are `step` apart.
+    common = math.gcd(stride, dilation)
+    step = stride // common
+    inverse = pow(dilation // common, -1, step)
     phases = []
     for a in range(stride):
+        if (a + low) % common:
+            phases.append([])
+            continue
         # -count < offset < out, in a filter that may be larger by any factor
         first = max(0, (a + low - out * stride) // dilation + 1)
         last = min(kernel - 1, -((-(a + low) - count * stride) // dilation) - 1)
-        phases.append(
-            [
-                Tap(k, (a + low - k * dilation) // stride)
-                for k in range(first, last + 1)
-                if (a + low - k * dilation) % stride == 0
-            ]
-        )
+        first += ((a + low) // common * inverse - first) % step
+        ks = range(first, last + 1, step)
+        phases.append([Tap(k, (a + low - k * dilation) // stride) for k in ks])
     return Axis(out, size, 1, phases)

@@ -47,6 +47,12 @@ FAULTS = [
             Operator("Gt_GtE"),
             f"{TPU} -k unsupported",
         ),
+        ("> _MAX_PHASES", Operator("Gt_GtE"), f"{TPU} -k unsupported"),
+        (
+            "key=lambda i: plans(i + 1).bytes <= limit",
+            "key=lambda i: plans(i + 1).bytes < limit",
+            f"{TPU} -k fewest",
+        ),
         (
             "spec.multiplier > 1 or batch < _SUBLANES:",
             Operator("ReplaceOrWithAnd"),
@@ -79,13 +85,13 @@ FAULTS = [
             f'{TPU} -k "resort or vmem or there"',
         ),
         (
-            "plans[0].columns.tiles > 1 and limit != _VMEM[-1]",
+            "plans(1).columns.tiles > 1 and limit != _VMEM[-1]",
             "False",
             f'{TPU} -k "resort or vmem or there"',
         ),
         (
-            "min(fitting, key=lambda plan: plan.rows.moved)",
-            "fitting[0]",
+            "min(map(plans, sorted(downs)), key=lambda plan: plan.rows.moved)",
+            "plans(fewest + 1)",
             f'{TPU} -k "resort or vmem or there"',
         ),
         (
