@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import OPS, SMALL
+from cases import OPS, SMALL, Case
 from covering import covering
 from jax import export
 
@@ -103,3 +103,15 @@ def test_export_has_what_stays_stable(op):
     assert "triton" not in text and "jax_dwbp_depthwise_conv2d" not in text
     restored = export.deserialize(exported.serialize())
     CASE.check(op, restored.call(a, b), CASE.expected(op, a, b), "float32")
+
+
+@pytest.mark.parametrize("width", (1, 17))
+def test_lanes_of_one_column_more(width):
+    """The kernel of TPUs computes what is left over of a row as well."""
+    case = Case("lanes", (1, 17, width, 8), (3, 3, 8, 2))
+    f, dy = case.operands("input_grad")
+    run = jax.jit(functools.partial(case.run, "input_grad"))
+    exported = export.export(run, platforms=("cpu", "tpu"))(f, dy)
+    assert "tpu_custom_call" in exported.mlir_module()
+    got = export.deserialize(exported.serialize()).call(f, dy)
+    case.check("input_grad", got, case.expected("input_grad", f, dy), "float32")

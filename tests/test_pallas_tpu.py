@@ -1,6 +1,7 @@
 """The TPU kernel, run by NumPy: its views, its tiles and its limits. test_pallas has the specs."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pallas_numpy
 import pytest
-from cases import OPS, SMALL, Case
+from cases import FRAMEWORKS, LAYERS, OPS, SMALL, TENSORFLOW, XLA, Case
 
 from jax_dwbp._impl import pallas_tpu, taps
 from jax_dwbp._spec import canonicalize
@@ -372,18 +373,57 @@ def test_preferred(case, ops):
 # ---- Lowering, which needs no TPU.
 
 
+@pytest.fixture
+def compiled(monkeypatch):
+    monkeypatch.delenv("JAX_DWBP_INTERPRET")
+    jax.clear_caches()  # of what was traced to be interpreted
+
+
+def lower(case, op, dtype="float32"):
+    function = jax.jit(getattr(pallas_tpu, op), static_argnums=0)
+    traced = function.trace(spec_of(case), *shapes_of(case, op, dtype))
+    return traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
 @every_op
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("x64", (False, True))
-def test_it_lowers_for_a_tpu(monkeypatch, view, op, x64):
-    monkeypatch.delenv("JAX_DWBP_INTERPRET")
-    jax.clear_caches()  # of what was traced to be interpreted
-    case = VIEWS[view]
+def test_it_lowers_for_a_tpu(compiled, view, op, x64):
     with jax.enable_x64(x64):
-        a, b = shapes_of(case, op, jnp.bfloat16)
-        function = jax.jit(getattr(pallas_tpu, op), static_argnums=0)
-        lowered = function.trace(spec_of(case), a, b).lower(lowering_platforms=("tpu",))
-    assert "tpu_custom_call" in lowered.as_text()
+        assert "tpu_custom_call" in lower(VIEWS[view], op, jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("case", "op"),
+    [
+        *itertools.product(SMALL, OPS),
+        *itertools.product((*TENSORFLOW, *XLA, *FRAMEWORKS, *LAYERS), ("input_grad",)),
+    ],
+    ids=str,
+)
+def test_the_table_lowers(compiled, case, op):
+    assert "tpu_custom_call" in lower(case, op)
+
+
+# Columns that are left over by those that are computed at a time: one of them has a single row of
+# lanes, of which JAX's own gather is another one.
+@pytest.mark.parametrize("width", (1, 2, 15, 16, 17, 18, 33, 34))
+@pytest.mark.parametrize("stride", (1, 2))
+@pytest.mark.parametrize("batch", (1, 8))
+def test_lanes_of_any_width_lower(compiled, batch, stride, width):
+    for multiplier in (2, 3):
+        filter = (3, 3, 8, multiplier)
+        case = Case("widths", (batch, 3, width, 8), filter, (stride, stride))
+        assert "tpu_custom_call" in lower(case, "input_grad")
+
+
+@every_op
+def test_one_image_in_sublanes_lowers(compiled, op):
+    """Of a long row, which is cut: each column is a single row of lanes."""
+    case = Case("long", (1, 1, 200_000, 3), (1, 4, 3, 2), padding=((0, 0), (3, 0)))
+    plan = plan_of(case, op)
+    assert plan.block["n"] == 1 and plan.columns.tiles > 1
+    assert "tpu_custom_call" in lower(case, op)
 
 
 @every_op

@@ -760,7 +760,16 @@ def _gather(values, index: Callable) -> jax.Array:
     flat = values.reshape(-1, _LANES)
     lane = lax.broadcasted_iota(jnp.int32, flat.shape, 1)
     at = jnp.minimum(index(lane), _LANES - 1)
-    return jnp.take_along_axis(flat, at, axis=1, mode="promise_in_bounds").reshape(values.shape)
+    # As `jnp.take_along_axis` has it, but of a single row too, where that is another gather.
+    along = lax.GatherDimensionNumbers(
+        offset_dims=(),
+        collapsed_slice_dims=(1,),
+        start_index_map=(1,),
+        operand_batching_dims=(0,),
+        start_indices_batching_dims=(0,),
+    )
+    gathered = lax.gather(flat, at[..., None], along, (1, 1), mode="promise_in_bounds")
+    return gathered.reshape(values.shape)
 
 
 def _store(plan: _Plan, result_ref, row, columns: _Piece, sums):

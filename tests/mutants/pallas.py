@@ -95,6 +95,11 @@ FAULTS = [
             f'{TPU} -k "resort or vmem or there"',
         ),
         (
+            'lax.gather(flat, at[..., None], along, (1, 1), mode="promise_in_bounds")',
+            'jnp.take_along_axis(flat, at, axis=1, mode="promise_in_bounds")',
+            f'{TPU} -k "any_width or one_image"',
+        ),
+        (
             "offset - last[-1] <= step * width",
             "offset - last[-1] <= step * width + 1",
             f"{TPU} -k runs",
