@@ -10,6 +10,7 @@ import numpy as np
 import pallas_numpy
 import pytest
 from cases import FRAMEWORKS, LAYERS, OPS, SMALL, TENSORFLOW, XLA, Case
+from jax.extend.core import jaxprs_in_params
 
 from jax_dwbp._impl import pallas_tpu, taps
 from jax_dwbp._spec import canonicalize
@@ -206,6 +207,22 @@ def test_lanes_of_a_channel_in_several_registers(op, channels, multiplier):
     case = Case("lanes", (2, 4, 5, channels), (2, 3, channels, multiplier))
     assert plan_of(case, op).chunks == 3
     check(case, op)
+
+
+def gathers(jaxpr):
+    inner = (gathers(j) for eqn in jaxpr.eqns for j in jaxprs_in_params(eqn.params))
+    return sum(eqn.primitive.name == "gather" for eqn in jaxpr.eqns) + sum(inner)
+
+
+@pytest.mark.parametrize("multiplier", (8, 32, 33, 200, 800))
+def test_lanes_of_a_large_multiplier_are_looped_over(multiplier):
+    """Each takes a gather of all registers, of which a program can't have any number."""
+    case = Case("lanes", (2, 1, 8, 5), (1, 1, 5, multiplier))
+    kernel = functools.partial(pallas_tpu.input_grad, spec_of(case))
+    jaxpr = jax.make_jaxpr(kernel)(*shapes_of(case, "input_grad", "float32"))
+    chunks = plan_of(case, "input_grad").chunks
+    unrolled = multiplier * chunks <= 64
+    assert gathers(jaxpr.jaxpr) == chunks * (multiplier if unrolled else 2)
 
 
 @pytest.mark.parametrize(("batch", "multiplier"), ((2, 2), (2, 1), (8, 1)))

@@ -45,6 +45,8 @@ _PRODUCTS = 1600
 _COPIED = 256
 # Taps of a phase beyond which the rows of the filter are looped over; its columns never are.
 _UNROLLED = 64
+# Gathers that sum the lanes of each channel beyond which a loop makes them, a lane at a time.
+_GATHERED = 64
 # Pieces of an axis outside of its loop.
 _PEELED = 3
 _MAX_COLUMNS = 128
@@ -749,6 +751,8 @@ def _narrow(plan: _Plan, chunks: list[jax.Array]) -> jax.Array:
             result = jnp.where(lanes + m >= i * _LANES, part, result)
         return result
 
+    if multiplier * len(chunks) > _GATHERED:
+        return lax.fori_loop(1, multiplier, lambda m, total: total + every(m), every(0))
     return functools.reduce(lax.add, [every(m) for m in range(multiplier)])
 
 

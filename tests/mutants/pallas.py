@@ -100,6 +100,11 @@ FAULTS = [
             f'{TPU} -k "any_width or one_image"',
         ),
         (
+            "lax.fori_loop(1, multiplier, lambda m, total",
+            "lax.fori_loop(0, multiplier, lambda m, total",
+            f"{TPU} -k lanes_of_a_channel",
+        ),
+        (
             "offset - last[-1] <= step * width",
             "offset - last[-1] <= step * width + 1",
             f"{TPU} -k runs",
