@@ -187,6 +187,14 @@ EMPTY = (
     Case("overhang_below_stride", (2, 5, 6, 3), (7, 7, 3, 2), (3, 3), "VALID"),
     Case("overhang_below_two_strides", (2, 5, 6, 3), (9, 9, 3, 2), (3, 3), "VALID"),
 )
+# What lax's convolution for the input gradient would crop by negative pads.
+CROPPED = (
+    Case("cropped", (2, 7, 90, 2), (2, 2, 2, 2), padding=((1, 1), (3, 0))),
+    Case("cropped_rows", (2, 15, 45, 5), (4, 3, 5, 2), padding=((11, 1), (12, 7))),
+    Case("cropped_row_of_many", (2, 21, 90, 4), (1, 70, 4, 4), padding=((0, 0), (73, 68))),
+    Case("cropped_strided", (2, 9, 30, 3), (2, 2, 3, 2), (3, 2), ((5, 2), (8, 1))),
+    Case("cropped_to_nothing", (1, 1, 1, 2), (1, 1, 2, 2), (2, 2), ((1, 1), (1, 1))),
+)
 TENSORFLOW = tuple(
     Case(f"tf{i}_{'x'.join(map(str, case[1]))}", *case)
     for i, case in enumerate(

@@ -1,7 +1,7 @@
 """Random configurations: within TensorFlow's reach against TensorFlow, beyond it against the loops.
 
-JAX_DWBP_FUZZ is how many of each kind, 60 by default. A failure names its configuration; `inside`,
-`beyond` and `large` draw it again from its seed.
+JAX_DWBP_FUZZ is how many of each kind, 60 by default. A failure names its configuration; `inside`
+and the functions of `KINDS` draw it again from its seed.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from cases import DTYPES, HAS_NATIVE, OPS, Case
+from cases import DEFAULT_ON_CPU, DTYPES, IMPLEMENTATIONS, OPS, Case
 
 COUNT = int(os.environ.get("JAX_DWBP_FUZZ", "60"))
 BATCH = 10
@@ -55,8 +55,7 @@ def beyond(seed):
     """A case, dtype, layout and implementation, whatever this package allows."""
     rng = np.random.default_rng([2, seed])
     dtype, data_format = pick(rng, *DTYPES), pick(rng, "NHWC", "NCHW")
-    # The taps can't do the input gradient of strides beyond a product of 16.
-    implementation = pick(rng, None, "lax", ("xla_taps", "lax"))
+    implementation = pick(rng, None, *NAMES)
     while True:
         n, h, w, c, m = integer(rng, 1, 3), *pair(rng, 1, 14), *pair(rng, 1, 5)
         r, s = pair(rng, 1, 4)
@@ -79,9 +78,10 @@ def beyond(seed):
 
 
 def large(seed):
-    """A case, dtype and layout with channels that fill vectors and columns that fill registers."""
+    """As `beyond`, with channels that fill vectors and columns that fill registers."""
     rng = np.random.default_rng([3, seed])
     dtype, data_format = pick(rng, *DTYPES), pick(rng, "NHWC", "NHWC", "NCHW")
+    implementation = pick(rng, *NAMES, DEFAULT_ON_CPU)
     while True:
         c = pick(rng, 8, 16, 32, 48, integer(rng, 1, 70))
         m = pick(rng, 1, 1, 1, 2, 3, 4, 8)
@@ -96,7 +96,32 @@ def large(seed):
             (dilation, dilation),
         )
         if legal(case):
-            return case, dtype, data_format
+            return case, dtype, data_format, implementation
+
+
+def padded(seed):
+    """As `beyond`, with pads above the filter, which a gradient's own convolution has to crop."""
+    rng = np.random.default_rng([4, seed])
+    dtype, data_format = pick(rng, "float32", "float32", *DTYPES), pick(rng, "NHWC", "NCHW")
+    implementation = pick(rng, *NAMES)
+    while True:
+        c = integer(rng, 1, 8)
+        m = integer(rng, 1, 16 // c)
+        case = Case(
+            f"padded {seed}",
+            (integer(rng, 1, 2), integer(rng, 1, 20), integer(rng, 1, 90), c),
+            (*pair(rng, 1, 5), c, m),
+            pair(rng, 1, 2),
+            (pair(rng, 0, 12), pair(rng, 0, 12)),
+            pair(rng, 1, 2),
+        )
+        if legal(case):
+            return case, dtype, data_format, implementation
+
+
+KINDS = (beyond, large, padded)
+# The taps don't do every filter, nor the input gradient of strides beyond a product of 16.
+NAMES = [("xla_taps", "lax") if name == "xla_taps" else name for name in IMPLEMENTATIONS]
 
 
 def legal(case):
@@ -167,24 +192,13 @@ def test_inside(seeds, record_property):
     record_property("worst", worst)
 
 
+@pytest.mark.parametrize("draw", KINDS, ids=lambda draw: draw.__name__)
 @batches
-def test_beyond(seeds, record_property):
+def test_beyond(seeds, draw, record_property):
     worst = 0.0
     for seed in seeds:
-        case, dtype, data_format, implementation = beyond(seed)
+        case, dtype, data_format, implementation = draw(seed)
         with named(case, dtype, data_format, implementation):
             for op, a, b, got in results(case, dtype, data_format, implementation):
-                worst = max(worst, case.check(op, got, case.expected(op, a, b), dtype))
-    record_property("worst", worst)
-
-
-@pytest.mark.skipif(not HAS_NATIVE, reason="native_cpu was not compiled")
-@batches
-def test_large(seeds, record_property):
-    worst = 0.0
-    for seed in seeds:
-        case, dtype, data_format = large(seed)
-        with named(case, dtype, data_format):
-            for op, a, b, got in results(case, dtype, data_format, "native_cpu"):
                 worst = max(worst, case.check(op, got, case.expected(op, a, b), dtype))
     record_property("worst", worst)

@@ -3,7 +3,18 @@
 import jax
 import numpy as np
 import pytest
-from cases import DTYPES, EMPTY, FRAMEWORKS, IMPLEMENTATIONS, LAYERS, OPS, SMALL, TENSORFLOW, XLA
+from cases import (
+    CROPPED,
+    DTYPES,
+    EMPTY,
+    FRAMEWORKS,
+    IMPLEMENTATIONS,
+    LAYERS,
+    OPS,
+    SMALL,
+    TENSORFLOW,
+    XLA,
+)
 from covering import covering
 
 import jax_dwbp
@@ -24,6 +35,15 @@ def test_small(case, op, dtype, data_format, implementation):
     a, b = case.operands(op, dtype)
     got = case.run(op, a, b, data_format, implementation=implementation)
     case.check(op, got, case.expected(op, a, b), dtype)
+
+
+@covering(together=("case", "implementation"), case=CROPPED, implementation=IMPLEMENTATIONS, op=OPS)
+def test_cropped(case, implementation, op):
+    if implementation == "xla_taps" and case.filter[1] > 63:
+        implementation = ("xla_taps", "lax")
+    a, b = case.operands(op)
+    got = case.run(op, a, b, implementation=implementation)
+    case.check(op, got, case.expected(op, a, b), "float32")
 
 
 @pytest.mark.parametrize("case", TENSORFLOW + XLA + FRAMEWORKS, ids=str)

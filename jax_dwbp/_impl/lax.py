@@ -6,13 +6,16 @@ output row o and the filter row k where i = s*o - l + d*k. Solving for the row o
 the three convolutions below: the padding is what makes their sizes come out, negative pads crop.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.lax import conv_general_dilated
 
-from jax_dwbp._spec import ConvSpec, Op
+from jax_dwbp._spec import ConvSpec, Op, Pair
 
 # XLA's kernel for a CPU counts the positions of a window in float32. Where that rounds, it may miss
 # the last one, and its results are what the memory held.
@@ -113,13 +116,32 @@ def _unfold(a: jax.Array, problems: int, channels: int) -> jax.Array:
     return jnp.moveaxis(a.reshape(*a.shape[:3], problems, channels), 3, 0)
 
 
-def _conv(spec: ConvSpec, lhs: jax.Array, rhs: jax.Array, **geometry) -> jax.Array:
+def _conv(
+    spec: ConvSpec,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    *,
+    padding: Sequence[Pair],
+    lhs_dilation: Pair = (1, 1),
+    **geometry,
+) -> jax.Array:
     dtype: Literal["float32"] | None = "float32" if lhs.dtype.itemsize < 4 else None
-    return conv_general_dilated(
-        lhs,
-        rhs,
+    conv = functools.partial(
+        conv_general_dilated,
+        rhs=rhs,
+        lhs_dilation=lhs_dilation,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision=spec.precision,
         preferred_element_type=dtype,
         **geometry,
-    ).astype(lhs.dtype)
+    )
+    # XLA's kernel for a CPU reads out of bounds where a low pad is negative and the high one is not
+    # (openxla/xla issue 48713). So what pads would crop is cut off.
+    cut, pads = lhs, []
+    for axis, ((low, high), step) in enumerate(zip(padding, lhs_dilation, strict=True), 1):
+        before, after = (-(min(pad, 0) // step) for pad in (low, high))
+        if before + after >= lhs.shape[axis]:  # the windows see nothing but padding
+            return jnp.zeros(jax.eval_shape(conv, lhs, padding=padding).shape, lhs.dtype)
+        cut = lax.slice_in_dim(cut, before, lhs.shape[axis] - after, axis=axis)
+        pads.append((low + before * step, high + after * step))
+    return conv(cut, padding=pads).astype(lhs.dtype)
