@@ -37,7 +37,9 @@ def test_small(case, op, dtype, data_format, implementation):
     case.check(op, got, case.expected(op, a, b), dtype)
 
 
-@covering(together=("case", "implementation"), case=CROPPED, implementation=IMPLEMENTATIONS, op=OPS)
+@pytest.mark.parametrize("case", CROPPED, ids=str)
+@every_implementation
+@every_op
 def test_cropped(case, implementation, op):
     if implementation == "xla_taps" and case.filter[1] > 63:
         implementation = ("xla_taps", "lax")

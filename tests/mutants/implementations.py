@@ -3,6 +3,8 @@
 from mutants.arguments import BATCHING, IMPLEMENTATIONS, TRANSFORMATIONS, values
 from mutants.fault import Operator, faults
 
+CROPPED = 'tests/test_values.py -k "test_cropped and lax"'
+
 FAULTS = [
     *faults(
         "_impl/lax.py",
@@ -13,6 +15,9 @@ FAULTS = [
             values("lax", "input_grad"),
         ),
         ("precision=spec.precision", "precision=None", TRANSFORMATIONS),
+        ("before, lhs.shape[axis] - after,", "0, lhs.shape[axis],", CROPPED),
+        ("low + before * step,", "low + before,", CROPPED),
+        ("before + after >= ", Operator("GtE_Gt"), CROPPED),
         ("problems, channels), 3, 0)", "channels, problems), 4, 0)", f"{BATCHING} -k lax"),
     ),
     *faults(
