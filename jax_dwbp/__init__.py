@@ -1,7 +1,5 @@
 """TensorFlow's depthwise convolution and its two gradients as ops that compose like JAX's own."""
 
-import importlib.metadata
-
 from jax_dwbp._api import (
     Selection,
     depthwise_conv2d_native,
@@ -10,9 +8,11 @@ from jax_dwbp._api import (
     implementations,
 )
 from jax_dwbp._conv_general_dilated import conv_general_dilated, in_place_of_lax
+from jax_dwbp._version import __version__
 
 __all__ = [
     "Selection",
+    "__version__",
     "conv_general_dilated",
     "depthwise_conv2d_native",
     "depthwise_conv2d_native_backprop_filter",
@@ -20,7 +20,3 @@ __all__ = [
     "implementations",
     "in_place_of_lax",
 ]
-try:
-    __version__ = importlib.metadata.version("jax_dwbp")
-except importlib.metadata.PackageNotFoundError:  # a copy in another project
-    __version__ = "unknown"

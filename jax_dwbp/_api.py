@@ -229,7 +229,7 @@ def depthwise_conv2d_native_backprop_filter(
 class Selection(NamedTuple):
     """What `implementations` says about one op of a function."""
 
-    op: str  # "forward", "input_grad" or "filter_grad"
+    op: str  # "forward", "input_grad", "filter_grad" or "conv_general_dilated", which is lax's
     runs: str | None  # the name of the implementation that runs, None if none of the requested can
     reasons: dict[str, str | None]  # in order of preference: why each can't run, None where it can
 
@@ -253,7 +253,9 @@ def implementations(
       **kwargs: its keyword arguments, likewise.
 
     Returns:
-      One `Selection` for each depthwise convolution that the result needs, in traced order.
+      One `Selection` for each depthwise convolution that the result needs, in traced order. So it
+      is for a convolution that `jax_dwbp.conv_general_dilated` left to lax: it "runs" there, and
+      the reason is that of "jax_dwbp".
 
     >>> x, f = jnp.ones((1, 4, 4, 2), "float32"), jnp.ones((3, 3, 2, 1), "float32")
     >>> [op] = implementations(
@@ -290,8 +292,10 @@ def implementations(
 
     arrays = [x for x, t in zip(leaves, traced, strict=True) if t]
     return [
-        Selection(op, *_dispatch.explain(op, spec, platform, a, b))
-        for op, spec, a, b in _rules.ops_in(call, arrays)
+        Selection("conv_general_dilated", "lax", {"jax_dwbp": found, "lax": None})
+        if isinstance(found, str)
+        else Selection(found[0], *_dispatch.explain(found[0], found[1], platform, *found[2:]))
+        for found in _rules.ops_in(call, arrays)
     ]
 
 

@@ -2,10 +2,12 @@
 one, and a context for code that does not."""
 
 import contextlib
+import functools
 import importlib
+import operator
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +16,12 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_dwbp import _rules
-from jax_dwbp._spec import DTYPES, ConvSpec, canonicalize
+from jax_dwbp._spec import DTYPES, LEFT_TO_LAX, ConvSpec, Pair, canonicalize
 
 _LAX = lax.conv_general_dilated
-_entered, _lock = 0, threading.Lock()  # how often `in_place_of_lax` is entered
+# Whether `in_place_of_lax` is entered, in this thread. The caches of `jit` look at it too.
+_in_place = jax.make_user_context(False)
+_installed, _lock = _LAX, threading.Lock()
 
 
 def conv_general_dilated(
@@ -39,9 +43,13 @@ def conv_general_dilated(
     Same signature, same results to rounding, same derivatives of every order and in both modes. A
     call is depthwise if it has one or two spatial dimensions, more than one input channel and
     `feature_group_count` equal to their number; floating-point operands of one dtype; no
-    `lhs_dilation`, `batch_group_count`, negative padding, explicit sharding of the channels or the
-    filter, nor `out_sharding` of an input without explicit sharding; and no empty dimension. Any
-    other call, also one with an error in it, goes to lax unchanged.
+    `lhs_dilation`, `batch_group_count`, explicit sharding of the channels or the filter, nor
+    `out_sharding` of an input without explicit sharding; and no empty dimension. Any other call,
+    also one with an error in it, goes to lax unchanged: `jax_dwbp.implementations` says why, and so
+    does the name of its scope in a profile.
+
+    Padding may be negative. On a CPU lax's own convolution reads out of bounds for some of that
+    (openxla/xla issue 48713); this one does not.
 
     Args: see `jax.lax.conv_general_dilated`.
 
@@ -55,9 +63,11 @@ def conv_general_dilated(
         *(window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers),
         *(feature_group_count, batch_group_count, precision, preferred_element_type, out_sharding),
     )
-    spec = _depthwise_spec(lhs, rhs, *arguments)
-    if spec is None:
-        return _LAX(lhs, rhs, *arguments)
+    call = _depthwise(lhs, rhs, *arguments)
+    if isinstance(call, str):
+        with jax.named_scope(f"{LEFT_TO_LAX}{call}"):
+            return _LAX(lhs, rhs, *arguments)
+    spec = call.spec
     lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
     dtype = compute_dtype = jnp.dtype(preferred_element_type or lhs.dtype)
     if dtype != lhs.dtype:
@@ -75,6 +85,10 @@ def conv_general_dilated(
     f = lax.transpose(rhs, (*window, i, o))
     if lhs.ndim == 3:
         x = lax.expand_dims(x, (1,))
+    if any(pad for pads in call.crop for pad in pads):
+        none, axes = [(0, 0, 0)], [(*pads, 0) for pads in call.crop]
+        config = none + axes + none if spec.data_format == "NHWC" else none * 2 + axes
+        x = lax.pad(x, jnp.zeros((), x.dtype), config)
     y = _rules.apply(
         x.astype(compute_dtype),
         f.astype(compute_dtype).reshape(*spec.kernel_spatial, spec.channels, spec.multiplier),
@@ -91,41 +105,45 @@ def conv_general_dilated(
 
 @contextlib.contextmanager
 def in_place_of_lax() -> Iterator[None]:
-    """While it is entered, `jax.lax.conv_general_dilated` is the function of this package.
+    """Within it, `jax.lax.conv_general_dilated` is the function of this package.
 
     For layers that call it without a choice: Equinox, Haiku and Keras look it up in `jax.lax` when
-    they are called. It counts where a function is traced: enter it inside of what is jitted, or
-    around the first call. What was compiled before stays as it is. All threads see it.
+    they are called. It counts for what this thread traces meanwhile, and is part of what `jax.jit`
+    caches by: what was traced outside is traced again within, and the other way round. Who takes
+    `jax.lax.conv_general_dilated` within it and keeps it has lax's outside.
 
     >>> x, f = jnp.ones((1, 4, 8, 8)), jnp.ones((4, 1, 3, 3))
     >>> with in_place_of_lax():
     ...     y = jax.lax.conv_general_dilated(x, f, (1, 1), "SAME", feature_group_count=4)
     """
-    global _entered
     # It calls lax's own, which it has to find first.
     importlib.import_module("jax_dwbp._impl.lax")
-    with _lock:
-        _entered += 1
-        lax.conv_general_dilated = conv_general_dilated
-    try:
+    _install()
+    with _in_place(True):
         yield
-    finally:
-        # Contexts of several threads may end in any order: the last one puts lax's back.
-        with _lock:
-            _entered -= 1
-            if _entered == 0:
-                lax.conv_general_dilated = _LAX
 
 
-def _depthwise_spec(lhs: Any, rhs: Any, *arguments: Any) -> ConvSpec | None:
-    """The spec of a depthwise call. None if it is another, or wrong: lax has the say on both."""
-    try:
-        return _canonicalize(lhs, rhs, *arguments)
-    except (TypeError, ValueError, NotImplementedError):
-        return None
+def _install() -> None:
+    """Puts in lax's place what chooses, for good: who has patched it meanwhile keeps the patch."""
+    global _installed
+    with _lock:
+        before = lax.conv_general_dilated
+        if before is _installed is not _LAX:
+            return
+
+        @functools.wraps(before)
+        def chosen(*args: Any, **kwargs: Any) -> jax.Array:
+            return (conv_general_dilated if _in_place.value else before)(*args, **kwargs)
+
+        lax.conv_general_dilated = _installed = chosen
 
 
-def _canonicalize(
+class _Depthwise(NamedTuple):
+    spec: ConvSpec
+    crop: list[Pair]  # what negative padding takes off the height and the width, as pads
+
+
+def _depthwise(
     lhs: Any,
     rhs: Any,
     window_strides: Any,
@@ -138,68 +156,101 @@ def _canonicalize(
     precision: Any,
     preferred_element_type: Any,
     out_sharding: Any,
-) -> ConvSpec | None:
-    types = [jax.typeof(x) for x in (lhs, rhs)]
-    dtype = jnp.dtype(preferred_element_type or types[0].dtype)
-    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-    rank = lhs.ndim - 2
+) -> _Depthwise | str:
+    """What a depthwise call asks for. Of another, or a wrong one, why lax has the say."""
+    try:
+        types = [jax.typeof(x) for x in (lhs, rhs)]
+        dtype = jnp.dtype(preferred_element_type or types[0].dtype)
+        numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+        rank = lhs.ndim - 2
+        groups, batch_groups = map(operator.index, (feature_group_count, batch_group_count))
+        strides, lhs_dilation, rhs_dilation = (
+            (1,) * rank if vector is None else tuple(map(operator.index, vector))
+            for vector in (window_strides, lhs_dilation, rhs_dilation)
+        )
+        if isinstance(padding, str):
+            padding = padding.upper()
+        else:
+            padding = [(operator.index(low), operator.index(high)) for low, high in padding]
+    except (AttributeError, TypeError, ValueError) as error:  # the caller's
+        return f"an argument can't be understood: {error}"
     n, channels, *spatial = (lhs.shape[i] for i in numbers.lhs_spec)
     features, group, *window = (rhs.shape[i] for i in numbers.rhs_spec)
-    ones = (1,) * rank
-    lhs_dilation = ones if lhs_dilation is None else lhs_dilation
-    rhs_dilation = ones if rhs_dilation is None else rhs_dilation
-    if isinstance(padding, str):
-        padding = padding.upper()
+    vectors = (
+        strides,
+        lhs_dilation,
+        rhs_dilation,
+        *([] if isinstance(padding, str) else [padding]),
+    )
+    dtypes = (types[0].dtype, types[1].dtype, dtype)
+    is_explicit = any(types[0].sharding.spec)
     # Also what is written in a way that lax would not take: what is left is safe to interpret.
-    if not (
-        rank in (1, 2)
-        and all(type(count) is int for count in (feature_group_count, batch_group_count))
-        and feature_group_count == channels > group == 1 == batch_group_count
-        and features % channels == 0
-        and all(type(size) is int and size > 0 for size in (*spatial, *rhs.shape))
-        and all(
-            isinstance(attribute, tuple | list) and len(attribute) == rank
-            for attribute in (window_strides, lhs_dilation, rhs_dilation)
-        )
-        and tuple(lhs_dilation) == ones
-        and (padding in ("SAME", "VALID") if isinstance(padding, str) else len(padding) == rank)
-        and (
+    for reason, applies in {
+        f"one or two spatial dimensions are depthwise here, not {rank}": rank not in (1, 2),
+        f"feature_group_count is {groups} of {channels} channels": groups != channels or group != 1,
+        "one channel is an ordinary convolution": channels == 1,
+        f"batch_group_count is {batch_groups}": batch_groups != 1,
+        f"{channels} channels do not divide {features} features": (
+            not channels or features % channels
+        ),
+        "a size is 0 or symbolic": not all(
+            type(size) is int and size > 0 for size in (*spatial, *rhs.shape)
+        ),
+        f"not all attributes have {rank} entries": any(len(vector) != rank for vector in vectors),
+        f"lhs_dilation is {lhs_dilation}": any(step != 1 for step in lhs_dilation),
+        f"padding is {padding!r}": (
+            isinstance(padding, str) and padding not in ("SAME", "SAME_LOWER", "VALID")
+        ),
+        f"dtypes are {', '.join(map(str, dtypes))}": (
+            dtypes[0] != dtypes[1]
+            or not {dtype.name for dtype in dtypes} <= set(DTYPES)
+            or dtypes[0].itemsize > dtype.itemsize
+            or dtype != jax.dtypes.canonicalize_dtype(dtype)  # lax warns of float64 without x64
+        ),
+        "the dtypes of both operands are weak": types[0].weak_type and types[1].weak_type,
+        "precision is written in another way": not (
             precision is None
             or isinstance(precision, lax.Precision | str)
             or (isinstance(precision, tuple) and len({type(p) for p in precision}) == 1)
-        )
-        and types[0].dtype == types[1].dtype
-        and {types[0].dtype.name, dtype.name} <= set(DTYPES)
-        and types[0].dtype.itemsize <= dtype.itemsize
-        and dtype == jax.dtypes.canonicalize_dtype(dtype)  # not float64 without x64: lax warns
-        and not (types[0].weak_type and types[1].weak_type)
-        and (
-            out_sharding is None
-            or (
-                isinstance(out_sharding, PartitionSpec | NamedSharding)
-                and any(types[0].sharding.spec)
-            )
-        )
-        and not any(types[1].sharding.spec)
-        and not types[0].sharding.spec[numbers.lhs_spec[1]]
-    ):
-        return None
+        ),
+        "out_sharding is of an input without explicit sharding": out_sharding is not None
+        and not (is_explicit and isinstance(out_sharding, PartitionSpec | NamedSharding)),
+        "the filter or the channels have explicit sharding": (
+            any(types[1].sharding.spec)
+            or (is_explicit and types[0].sharding.spec[numbers.lhs_spec[1]])
+        ),
+    }.items():
+        if applies:
+            return reason
+    if padding == "SAME_LOWER":
+        windows = [(k - 1) * d + 1 for k, d in zip(window, rhs_dilation, strict=True)]
+        padding = lax.padtype_to_pads(spatial, windows, strides, padding)
+    crop = [(0, 0)] * 2
     if rank == 1:
         spatial, window = [1, *spatial], [1, *window]
-        window_strides, rhs_dilation = (1, *window_strides), (1, *rhs_dilation)
-        padding = padding if isinstance(padding, str) else ((0, 0), *padding)
+        strides, rhs_dilation = (1, *strides), (1, *rhs_dilation)
+        padding = padding if isinstance(padding, str) else [(0, 0), *padding]
+    if not isinstance(padding, str):
+        crop = [(min(low, 0), min(high, 0)) for low, high in padding]
+        padding = [(max(low, 0), max(high, 0)) for low, high in padding]
+        spatial = [size + sum(pads) for size, pads in zip(spatial, crop, strict=True)]
+        if min(spatial) < 1:
+            return "negative padding leaves nothing"
     channels_first = numbers.lhs_spec == numbers.out_spec == (0, 1, 2, 3)
-    spec = canonicalize(
-        "forward",
-        (n, channels, *spatial) if channels_first else (n, *spatial, channels),
-        (*window, channels, features // channels),
-        None,
-        window_strides,
-        padding,
-        (),
-        "NCHW" if channels_first else "NHWC",
-        rhs_dilation,
-        precision,
-        None,
-    )
-    return None if 0 in spec.out_spatial else spec
+    try:
+        spec = canonicalize(
+            "forward",
+            (n, channels, *spatial) if channels_first else (n, *spatial, channels),
+            (*window, channels, features // channels),
+            None,
+            strides,
+            padding,
+            (),
+            "NCHW" if channels_first else "NHWC",
+            rhs_dilation,
+            precision,
+            None,
+        )
+    except ValueError as error:  # sizes beyond what the ops take, a precision that is none
+        return str(error)
+    return "the output is empty" if 0 in spec.out_spatial else _Depthwise(spec, crop)

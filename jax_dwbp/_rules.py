@@ -27,6 +27,7 @@ the taps in the jaxpr take 16 times as long to trace, forward and gradient.)
 import contextlib
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,8 +39,9 @@ from jax.extend.core import Primitive, jaxprs_in_params
 from jax.interpreters import ad, batching, mlir, partial_eval
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
-from jax_dwbp import _dispatch, _partition
-from jax_dwbp._spec import OPERANDS, PRECISIONS, RESULTS, ConvSpec, Op
+from jax_dwbp import _compat, _dispatch, _partition
+from jax_dwbp._spec import LEFT_TO_LAX, OPERANDS, PRECISIONS, RESULTS, ConvSpec, Op
+from jax_dwbp._version import __version__
 
 # The op that leaves out each argument of T.
 _LEAVES_OUT: dict[str, Op] = {argument: op for op, argument in RESULTS.items()}
@@ -89,15 +91,20 @@ def _explicit(
     return _partition.explicit(op, spec, part, a, b)
 
 
-def ops_in(function: Callable, *args: Any) -> list[tuple[Op, ConvSpec, Any, Any]]:
-    """What each depthwise convolution in `function` is bound with, but for unused results."""
+def ops_in(function: Callable, *args: Any) -> list[tuple[Op, ConvSpec, Any, Any] | str]:
+    """What each depthwise convolution in `function` is bound with, but for unused results, and why
+    the stand-in for lax's left a convolution to lax."""
     jaxpr = jax.make_jaxpr(function)(*args).jaxpr
     jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
 
-    def walk(jaxpr: Any) -> Iterator[tuple[Op, ConvSpec, Any, Any]]:
+    def walk(jaxpr: Any) -> Iterator[tuple[Op, ConvSpec, Any, Any] | str]:
         for eqn in jaxpr.eqns:
             if eqn.primitive is _primitive:
                 yield eqn.params["op"], eqn.params["spec"], *(v.aval for v in eqn.invars)
+            elif eqn.primitive is lax.conv_general_dilated_p:
+                for scope in _compat.scopes_of(eqn):
+                    if scope.startswith(LEFT_TO_LAX):
+                        yield scope.removeprefix(LEFT_TO_LAX)
             for inner in jaxprs_in_params(eqn.params):
                 yield from walk(inner)
 
@@ -227,54 +234,53 @@ def _reshaped(x: Any, shape: tuple[int, ...], spec: tuple[Any, ...]) -> Any:
 
 
 def _lower(ctx, a, b, *, op, spec, platform):
-    module = ctx.module_context
-    # One device, or all axes of its mesh in the hands of a `shard_map`: nothing to partition.
-    axes = module.axis_context
-    partitioned = (
-        axes.manual_axes != frozenset(axes.mesh.axis_names)
-        if hasattr(axes, "manual_axes")
-        else getattr(axes, "num_devices", 1) != 1
-    )
-    exported = module.lowering_parameters.for_export
-    program = _dispatch.Program(partitioned, exported)
-    run = functools.partial(_dispatch.run, op, spec, platform, program)
-    divided = None
-    if partitioned and not exported and _shardy():
-        divided = _with_devices(ctx, platform)
+    partitioned, exported = _compat.is_partitioned(ctx), _compat.is_exported(ctx)
     with contextlib.ExitStack() as contexts:
         if ctx.avals_in[0].dtype.itemsize == 8:
             # Where this is lowered float64 may be off, though it was on where the op was called.
             contexts.enter_context(jax.enable_x64(True))
-        if divided:
-            ctx, run = divided, functools.partial(_partition.run, op, spec, platform)
-        else:
-            # The implementations know nothing of the mesh of a `shard_map` around them.
-            ctx = ctx.replace(avals_in=[ShapedArray(x.shape, x.dtype) for x in ctx.avals_in])
-            contexts.enter_context(use_abstract_mesh(AbstractMesh((), ())))
-        return mlir.lower_fun(run, multiple_results=False)(ctx, a, b)
+        if partitioned and not exported:
+            lowered = _lower_partitioned(ctx, a, b, op, spec, platform)
+            if not isinstance(lowered, str):
+                return lowered
+            _warn_of_lost_kernel(lowered, op, spec, platform, *ctx.avals_in)
+        # The implementations know nothing of the mesh of a `shard_map` around them.
+        ctx = ctx.replace(avals_in=[ShapedArray(x.shape, x.dtype) for x in ctx.avals_in])
+        contexts.enter_context(use_abstract_mesh(AbstractMesh((), ())))
+        program = _dispatch.Program(partitioned, exported)
+        run = functools.partial(_dispatch.run, op, spec, platform, program)
+        return _compat.lower(ctx, run, a, b)
 
 
-def _shardy() -> bool:
-    """Whether XLA divides programs by what `_partition` tells it. GSPMD, before it, does not."""
-    return getattr(jax.config, "jax_use_shardy_partitioner", True)
+def _lower_partitioned(
+    ctx: Any, a: Any, b: Any, op: Op, spec: ConvSpec, platform: str | None
+) -> Any:
+    """What XLA divides by the rules of `_partition`, or why it can't."""
+    mesh = _compat.mesh_of(ctx)
+    if isinstance(mesh, str):
+        return mesh
+    _, reasons = _dispatch.explain(op, spec, platform, *ctx.avals_in)
+    able = [name for name, reason in reasons.items() if reason is None]
+    content = f"{__version__} {op} {spec} {platform} {ctx.avals_in} {able}"
+    run = functools.partial(_partition.run, op, spec, platform)
+    mesh = _partition.fine_mesh(mesh)
+    return _compat.lower_partitioned(ctx, run, mesh, platform, content, a, b)
 
 
-def _with_devices(ctx: Any, platform: str | None) -> Any:
-    """`ctx` with the mesh and the devices that JAX only has there for primitives of its own, or
-    None if they can't be known. Of the devices nothing but their number is compiled in."""
-    axes = ctx.module_context.axis_context
-    meshes = [aval.sharding.mesh for aval in ctx.avals_in if not aval.sharding.mesh.empty]
-    if not meshes or not hasattr(axes, "device_assignment") or meshes[0].size != axes.num_devices:
-        return None
-    try:
-        devices = tuple(jax.devices(platform)[: axes.num_devices])
-    except RuntimeError:  # compiled for what is not here
-        return None
-    if len(devices) < axes.num_devices:
-        return None
-    mesh = _partition.fine_mesh(meshes[0])
-    axes = dataclasses.replace(axes, device_assignment=devices, abstract_mesh=mesh)
-    return ctx.replace(module_context=ctx.module_context.replace(axis_context=axes))
+def _warn_of_lost_kernel(
+    reason: str, op: Op, spec: ConvSpec, platform: str | None, a: Any, b: Any
+) -> None:
+    """If XLA now does without the kernel that each device would have run."""
+    alone, divided = (
+        _dispatch.select(op, spec, platform, a, b, _dispatch.Program(partitioned=partitioned))
+        for partitioned in (False, True)
+    )
+    if alone != divided:
+        warnings.warn(
+            f"{op} of a depthwise convolution is run by {divided} and not by {alone}: it is "
+            f"divided among devices, {reason}",
+            stacklevel=2,
+        )
 
 
 batching.primitive_batchers[_primitive] = _batch

@@ -50,6 +50,8 @@ PRECISIONS = {
     "highest": "highest",
     "float32": "highest",
 }
+# The name of the scope of a convolution that the stand-in for lax's leaves to lax, before why.
+LEFT_TO_LAX = "left to lax, "
 _INT32_MAX = 2**31 - 1
 
 

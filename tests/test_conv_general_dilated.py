@@ -41,7 +41,11 @@ def operands(
 
 
 def ours(function, *arguments):
-    return len(jax_dwbp.implementations(function, *arguments, platform="cpu"))
+    """How many convolutions run here. Of each other one `implementations` gives the reason."""
+    found = jax_dwbp.implementations(function, *arguments, platform="cpu")
+    left = [selection for selection in found if selection.op == "conv_general_dilated"]
+    assert all(selection.runs == "lax" and selection.reasons["jax_dwbp"] for selection in left)
+    return len(found) - len(left)
 
 
 def check(lhs, rhs, runs_here, **options):
@@ -64,7 +68,7 @@ def check(lhs, rhs, runs_here, **options):
 def test_depthwise(layout):
     for multiplier, padding, (strides, dilation) in itertools.product(
         (1, 2),
-        ("SAME", "valid", ((1, 2), (0, 1))),
+        ("SAME", "valid", "same_lower", ((1, 2), (0, 1)), ((-2, 1), (2, -1))),
         (((1, 1), None), ((2, 1), (1, 2))),
     ):
         lhs, rhs = operands(layout, multiplier=multiplier)
@@ -80,7 +84,8 @@ def test_depthwise(layout):
 
 @pytest.mark.parametrize("layout", [("NWC", "WIO", "NWC"), ("NCW", "OIW", "NCW"), None], ids=str)
 def test_one_dimension(layout):
-    for padding, stride in itertools.product(("same", "VALID", [(2, 0)]), (1, 2)):
+    paddings = ("same", "VALID", "SAME_LOWER", [(2, 0)], [(-3, 4)])
+    for padding, stride in itertools.product(paddings, (1, 2)):
         lhs, rhs = operands(layout, multiplier=2, spatial=(9,), window=(4,))
         check(
             *(lhs, rhs, 1),
@@ -94,22 +99,50 @@ def test_one_dimension(layout):
 @pytest.mark.parametrize(
     "options",
     [
-        {"feature_group_count": 2},
-        {"lhs_dilation": (2, 1), "padding": ((1, 1), (1, 0))},
-        {"padding": "SAME_LOWER"},
-        {"padding": ((-1, 1), (0, 0))},
-        {"batch_group_count": 2, "feature_group_count": 1},
+        {"feature_group_count": np.int64(4)},
+        {"batch_group_count": np.int32(1)},
+        {"window_strides": np.array([1, 2])},
+        {"rhs_dilation": np.array([2, 1])},
+        {"lhs_dilation": np.array([1, 1]), "padding": ((0, 0), (0, 0))},
+        {"padding": np.array([[1, 1], [0, 2]])},
+        {"padding": [np.array([1, 1]), (0, 2)]},
     ],
     ids=str,
 )
-def test_other_calls_go_to_lax(options):
+def test_integers_of_numpy(options):
+    """Each way of writing an integer or a vector that lax takes."""
+    lhs, rhs = operands(None)
+    defaults = {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 4}
+    check(lhs, rhs, 1, **{**defaults, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"feature_group_count": 2}, "feature_group_count is 2 of 4 channels"),
+        ({"lhs_dilation": (2, 1), "padding": ((1, 1), (1, 0))}, "lhs_dilation is (2, 1)"),
+        ({"padding": ((-7, 3), (0, 0))}, "negative padding leaves nothing"),
+        ({"padding": ((0, 0), (-3, -2))}, "the output is empty"),
+        ({"batch_group_count": 2, "feature_group_count": 1}, "feature_group_count is 1 of 4 chan"),
+        ({"window_strides": (1, 9**12)}, "`strides` must be positive and below 2**31"),
+    ],
+    ids=str,
+)
+def test_other_calls_go_to_lax(options, reason):
     lhs, rhs = operands(None)
     if options.get("feature_group_count") == 2:
         rhs = jnp.concatenate([rhs, rhs], axis=1)
     elif "batch_group_count" in options:
         rhs = jnp.concatenate([rhs] * 4, axis=1)
-    defaults = {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 4}
-    check(lhs, rhs, 0, **{**defaults, **options})
+    options = {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 4, **options}
+    check(lhs, rhs, 0, **options)
+
+    def gradient(lhs, rhs):
+        return jax.grad(lambda lhs: jax_dwbp.conv_general_dilated(lhs, rhs, **options).sum())(lhs)
+
+    for selection in jax_dwbp.implementations(gradient, lhs, rhs, platform="cpu"):
+        assert selection.op == "conv_general_dilated" and selection.runs == "lax"
+        assert selection.reasons["jax_dwbp"].startswith(reason)
 
 
 def test_one_channel_is_an_ordinary_convolution():

@@ -3,6 +3,7 @@
 The functions before the tests are what these processes run, so each imports what it uses.
 """
 
+import dataclasses
 import pathlib
 
 import fresh_process
@@ -13,6 +14,15 @@ from cases import DEFAULT_ON_CPU, HAS_NATIVE, IMPLEMENTATIONS, KERNELS, OPS, Cas
 from jax import export
 
 CASE = Case("fresh", (2, 7, 8, 3), (3, 3, 3, 2), (2, 1))
+# One program to XLA, but for how it is divided.
+_SHARDED = Case("sharded", (4, 8, 6, 3), (3, 3, 3, 1))
+SHARDED = [
+    (_SHARDED, None),
+    (dataclasses.replace(_SHARDED, dilations=(2, 2)), None),
+    (dataclasses.replace(_SHARDED, padding=((0, 2), (1, 1))), None),
+    (dataclasses.replace(_SHARDED, padding=((2, 0), (1, 1))), None),
+    *((_SHARDED, name) for name in IMPLEMENTATIONS),
+]
 
 
 def three_ops(x, f, dy, implementation=None):
@@ -55,6 +65,29 @@ def compile_and_run(directory, implementations):
     program = jax.jit(run).lower(*arguments).compile()
     print(events.count("/jax/compilation_cache/cache_hits"))
     np.savez(f"{directory}/results.npz", *program(*arguments))
+
+
+def compile_and_run_sharded(directory):
+    """Prints how often the cache had one of the `SHARDED` programs, and saves their results."""
+    import jax
+    import numpy as np
+    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+    from test_fresh_process import SHARDED
+
+    mesh = jax.make_mesh((2, 2), ("n", "h"), (AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    shardings = [NamedSharding(mesh, spec) for spec in (P("n", "h"), P())]
+    events, results = [], []
+    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+    for case, name in SHARDED:
+        operands = SHARDED[0][0].operands("forward")
+        program = jax.jit(
+            lambda x, f, case=case, name=name: case.run("forward", x, f, implementation=name),
+            in_shardings=shardings,
+        )
+        results.append(program(*operands))
+    print(events.count("/jax/compilation_cache/cache_hits"))
+    np.savez(f"{directory}/results.npz", *results)
 
 
 def fork_and_run(directory, environments):
@@ -121,6 +154,26 @@ def test_compilation_cache(tmp_path, operands):
         assert found == hits
         check(tmp_path, operands)
         (tmp_path / "results.npz").unlink()
+
+
+@pytest.mark.parametrize("flag", ("0", "1"))
+def test_compilation_cache_of_sharded_programs(tmp_path, flag):
+    """The next process finds those that differ in nothing but how they are divided, each its own.
+
+    The flag is JAX's, and takes the rules of the partition out of what the cache looks at.
+    """
+    for hits in (0, len(SHARDED)):
+        found = fresh_process.call(
+            *(compile_and_run_sharded, str(tmp_path)),
+            JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"),
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+            JAX_REMOVE_CUSTOM_PARTITIONING_PTR_FROM_CACHE_KEY=flag,
+        )
+        assert int(found) == hits
+        with np.load(tmp_path / "results.npz") as results:
+            for (case, _), got in zip(SHARDED, results.values(), strict=True):
+                x, f = SHARDED[0][0].operands("forward")
+                case.check("forward", got, case.expected("forward", x, f), "float32")
 
 
 def test_forks_and_environments(tmp_path, operands):

@@ -227,36 +227,6 @@ def test_haiku():
     check(train(here, parameters)[0], train(network.apply, parameters)[0])
 
 
-def test_in_place_of_lax_is_left_on_an_error():
-    before = jax.lax.conv_general_dilated
-    with pytest.raises(ZeroDivisionError):
-        with jax_dwbp.in_place_of_lax():
-            with jax_dwbp.in_place_of_lax():
-                assert jax.lax.conv_general_dilated is jax_dwbp.conv_general_dilated
-                raise ZeroDivisionError
-    assert jax.lax.conv_general_dilated is before
-    # What is not depthwise, and lax by name, are lax's own there.
-    x, f = jnp.ones((1, 5, 6, 4)), jnp.ones((3, 3, 4, 1))
-    with jax_dwbp.in_place_of_lax():
-        dense = jax.lax.conv_general_dilated(
-            x, f, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        by_name = jax_dwbp.depthwise_conv2d_native(x, f, (1, 1), "SAME", implementation="lax")
-    np.testing.assert_allclose(dense[..., 0], by_name.sum(-1), rtol=1e-6)
-
-
-def test_in_place_of_lax_ends_with_the_last_context():
-    """Contexts of two threads may overlap."""
-    before = jax.lax.conv_general_dilated
-    first, second = jax_dwbp.in_place_of_lax(), jax_dwbp.in_place_of_lax()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert jax.lax.conv_general_dilated is jax_dwbp.conv_general_dilated
-    second.__exit__(None, None, None)
-    assert jax.lax.conv_general_dilated is before
-
-
 def test_causal_convolution_of_one_dimension():
     """As in Mamba: kernel 4, each output of what came before."""
     rng = np.random.default_rng(0)

@@ -1,5 +1,6 @@
 """Sharded arrays under plain `jit` on 8 host devices: values, and what the program sends."""
 
+import contextlib
 import functools
 import math
 import re
@@ -39,21 +40,25 @@ def specs(op, activation, of_filter):
 
 
 def compiled(function, operands, mesh, in_specs, out_specs=None):
-    """The compiled function, its operands where they belong, and what it sends: for each kind of
-    collective, the elements of each that one device gets."""
+    """The compiled function, its operands where they belong, and what it sends."""
     placed = [
         jax.device_put(x, NamedSharding(mesh, spec))
         for x, spec in zip(operands, in_specs, strict=True)
     ]
     out = None if out_specs is None else jax.tree.map(lambda s: NamedSharding(mesh, s), out_specs)
     executable = jax.jit(function, out_shardings=out).lower(*placed).compile()
+    return executable, placed, sent_by(executable)
+
+
+def sent_by(executable):
+    """For each kind of collective, the elements of each that one device gets."""
     sent = {kind: [] for kind in COLLECTIVES}
     for line in str(executable.as_text()).splitlines():
         match = re.match(r"\s*(?:ROOT )?\S+ = (.*?) ([a-z-]+)\(", line)
         if match and match[2] in sent:
             for shape in re.findall(r"\w+\[([\d,]*)\]", match[1]):
                 sent[match[2]].append(math.prod(int(n) for n in shape.split(",") if n))
-    return executable, placed, {kind: sizes for kind, sizes in sent.items() if sizes}
+    return {kind: sizes for kind, sizes in sent.items() if sizes}
 
 
 def check_that_nothing_is_sent(op, sharded, multiplier, **options):
@@ -103,15 +108,102 @@ def test_channels_that_do_not_divide(op):
     case.check(op, program(*placed), case.expected(op, *operands), "float32")
 
 
-@pytest.mark.skipif(not HAS_NATIVE, reason="it was not compiled")
-@every_op
-def test_each_device_runs_the_native_kernel(op):
-    case = Case("sharded", (8, 5, 6, 8), (3, 3, 8, 1))
-    *in_specs, _ = specs(op, ACTIVATIONS["batch"], P())
-    program, _, _ = compiled(
-        functools.partial(case.run, op), case.operands(op), mesh_of(i=8), in_specs
+def with_arrays(function, operands, shardings, mesh):
+    return jax.jit(function).lower(*map(jax.device_put, operands, shardings))
+
+
+def with_types(function, operands, shardings, mesh):
+    types = (
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        for x, sharding in zip(operands, shardings, strict=True)
     )
-    assert "jax_dwbp_depthwise_conv2d" in str(program.as_text())
+    return jax.jit(function).lower(*types)
+
+
+def with_in_shardings(function, operands, shardings, mesh):
+    return jax.jit(function, in_shardings=shardings).lower(*operands)
+
+
+def with_in_shardings_of_types(function, operands, shardings, mesh):
+    types = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands)
+    return jax.jit(function, in_shardings=shardings).lower(*types)
+
+
+def with_set_mesh(function, operands, shardings, mesh):
+    with jax.set_mesh(mesh):
+        return jax.jit(function, in_shardings=[s.spec for s in shardings]).lower(*operands)
+
+
+def with_constraints(function, operands, shardings, mesh):
+    def constrained(*operands):
+        return function(*map(jax.lax.with_sharding_constraint, operands, shardings))
+
+    return jax.jit(constrained).lower(*operands)
+
+
+def with_explicit_axes(function, operands, shardings, mesh):
+    mesh = jax.make_mesh(
+        mesh.axis_sizes, mesh.axis_names, (AxisType.Explicit,), devices=mesh.devices.ravel()
+    )
+    with jax.set_mesh(mesh):
+        placed = (
+            jax.device_put(x, NamedSharding(mesh, s.spec))
+            for x, s in zip(operands, shardings, strict=True)
+        )
+        return jax.jit(function).lower(*placed)
+
+
+WAYS = (
+    *(with_arrays, with_types, with_in_shardings, with_in_shardings_of_types),
+    *(with_set_mesh, with_constraints, with_explicit_axes),
+)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("sharded", ACTIVATIONS)
+@every_op
+def test_mesh_is_found_however_it_is_given(op, way, sharded):
+    """Each device runs the kernel of one device, and what is sent is no more than has to be."""
+    case = Case("sharded", (8, 8, 6, 8), (3, 3, 8, 1))
+    operands, mesh = case.operands(op), mesh_of(i=4)
+    *in_specs, _ = specs(op, ACTIVATIONS[sharded], FILTERS[sharded])
+    shardings = [NamedSharding(mesh, spec) for spec in in_specs]
+    program = way(functools.partial(case.run, op), operands, shardings, mesh).compile()
+    assert ("jax_dwbp_depthwise_conv2d" in str(program.as_text())) == HAS_NATIVE
+    sent = sent_by(program)
+    rows = {"collective-permute": [8 * 6 * 8] * 2} if sharded == "height" else {}
+    summed = op == "filter_grad" and sharded != "channels"
+    assert sent == rows | ({"all-reduce": [9 * 8]} if summed else {})
+
+
+@every_op
+def test_mesh_of_the_result_is_enough(op):
+    case = Case("sharded", (8, 8, 6, 8), (3, 3, 8, 1))
+    *_, out_spec = specs(op, ACTIVATIONS["channels"], FILTERS["channels"])
+    out = NamedSharding(mesh_of(i=8), out_spec)
+    operands = case.operands(op)
+    program = jax.jit(functools.partial(case.run, op), out_shardings=out).lower(*operands).compile()
+    assert ("jax_dwbp_depthwise_conv2d" in str(program.as_text())) == HAS_NATIVE
+    assert sent_by(program) == {}
+    case.check(op, program(*operands), case.expected(op, *operands), "float32")
+
+
+def test_warning_where_there_is_no_mesh():
+    """What XLA divides is known only after the op, so the kernel is lost, but not silently."""
+    case = Case("sharded", (8, 8, 6, 8), (3, 3, 8, 1))
+    operands = case.operands("forward")
+
+    def constrained(x, f, **options):
+        y = case.run("forward", x, f, **options)
+        return jax.lax.with_sharding_constraint(y, NamedSharding(mesh_of(i=8), P("i")))
+
+    match = "run by xla_taps and not by native_cpu: it is divided among devices, and no mesh"
+    with pytest.warns(UserWarning, match=match) if HAS_NATIVE else contextlib.nullcontext():
+        program = jax.jit(constrained).lower(*operands).compile()
+    assert "jax_dwbp_depthwise_conv2d" not in str(program.as_text())
+    case.check("forward", program(*operands), case.expected("forward", *operands), "float32")
+    # Nothing is lost by what XLA can divide.
+    jax.jit(functools.partial(constrained, implementation="xla_taps")).lower(*operands)
 
 
 @pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import IMPLEMENTATIONS, OPS, Case
+from cases import HAS_NATIVE, IMPLEMENTATIONS, OPS, Case
 from covering import covering
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -134,22 +134,27 @@ def test_sharded_inputs_under_jit(mesh, op):
 
 
 def without_shardy():
+    import warnings
+
     import jax
     from jax.sharding import AxisType
     from test_sharding import OPS, lowered_for_sharded_inputs
 
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
     for op in OPS:
-        text = lowered_for_sharded_inputs(mesh, op)
-        print(op, "sdy." in text, "@CustomSPMDPartitioning" in text)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            text = lowered_for_sharded_inputs(mesh, op)
+        lost = sum("divided among devices, by GSPMD" in str(w.message) for w in caught)
+        print(op, "sdy." in text, "@CustomSPMDPartitioning" in text, lost)
 
 
 def test_without_shardy():
-    """GSPMD knows no rule and is left to what it does for lax."""
+    """GSPMD knows no rule and is left to what it does for lax, of which a warning tells."""
     found = fresh_process.call(
         without_shardy, JAX_USE_SHARDY_PARTITIONER="0", JAX_DISABLE_MOST_OPTIMIZATIONS="1"
     )
-    assert found.splitlines() == [f"{op} False False" for op in OPS]
+    assert found.splitlines() == [f"{op} False False {int(HAS_NATIVE)}" for op in OPS]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,124 @@
+"""What JAX does not promise to keep, in one place.
+
+When JAX changes, look here at the fields of a lowering's `ModuleContext` and its axis contexts, at
+`mlir.lower_fun`, and at what `custom_partitioning` writes into a module. What is not recognised is
+no mesh, of which `_rules` warns, or an error. What is relied on is held by tests/test_partition.py
+and tests/test_fresh_process.py. What registers the rules of the primitive is in `_rules`.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax._src import custom_partitioning
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import sdy
+from jax.interpreters import mlir
+from jax.sharding import AbstractMesh
+
+
+def is_partitioned(ctx: Any) -> bool:
+    """Whether XLA divides the program among devices. It does not if there is one, nor if a
+    `shard_map` has all axes of the mesh in its hands."""
+    axes = ctx.module_context.axis_context
+    if hasattr(axes, "manual_axes"):
+        return axes.manual_axes != frozenset(axes.mesh.axis_names)
+    return getattr(axes, "num_devices", 1) != 1
+
+
+def is_exported(ctx: Any) -> bool:
+    return ctx.module_context.lowering_parameters.for_export
+
+
+def mesh_of(ctx: Any) -> AbstractMesh | str:
+    """The mesh of the devices that XLA divides the program among, or why it can't be used.
+
+    It is that of the types of the operands, of the shardings of the program's own arguments and
+    results, or of the context, whichever is there first.
+    """
+    if not getattr(jax.config, "jax_use_shardy_partitioner", True):
+        return "by GSPMD and not by Shardy"
+    axes = ctx.module_context.axis_context
+    if hasattr(axes, "manual_axes"):
+        return "along those axes of their mesh that are not in the hands of a `jax.shard_map`"
+    meshes = [
+        *(aval.sharding.mesh for aval in ctx.avals_in),
+        *_meshes_of_main(ctx.module_context.module),
+        jax.sharding.get_abstract_mesh(),
+    ]
+    for mesh in meshes:
+        if not mesh.empty and mesh.size == axes.num_devices:
+            return mesh
+    return (
+        "and no mesh of them was found: give the operands, or `jax.jit`, shardings of the kind "
+        "`jax.sharding.NamedSharding`"
+    )
+
+
+def _meshes_of_main(module: Any) -> list[AbstractMesh]:
+    """Those that the arguments and the results of the program are sharded over."""
+    found = []
+    for function in module.body.operations:
+        attributes = function.operation.attributes
+        if "sym_name" not in attributes or ir.StringAttr(attributes["sym_name"]).value != "main":
+            continue
+        for name in ("arg_attrs", "res_attrs"):
+            for values in attributes[name] if name in attributes else ():
+                if "sdy.sharding" in values:
+                    mesh = sdy.MeshAttr(sdy.TensorShardingAttr(values["sdy.sharding"]).mesh_or_ref)
+                    axes = [sdy.MeshAxisAttr(axis) for axis in mesh.axes]
+                    sizes, names = ((axis.size for axis in axes), (axis.name for axis in axes))
+                    found.append(AbstractMesh(tuple(sizes), tuple(names)))
+    return found
+
+
+def scopes_of(eqn: Any) -> list[str]:
+    """The names of the `jax.named_scope`s and the transformations around it, outermost first."""
+    return [scope.name for scope in eqn.source_info.name_stack.stack]
+
+
+def lower(ctx: Any, run: Callable, *operands: Any) -> Any:
+    return mlir.lower_fun(run, multiple_results=False)(ctx, *operands)
+
+
+def lower_partitioned(
+    ctx: Any, run: Callable, mesh: AbstractMesh, platform: str | None, content: str, *operands: Any
+) -> Any:
+    """Lowers `run`, a call of a `custom_partitioning`, for the devices of `mesh`, or says why not.
+
+    `content` says all that the partition depends on.
+    """
+    axes = ctx.module_context.axis_context
+    try:
+        devices = tuple(jax.devices(platform)[: mesh.size])
+    except RuntimeError:
+        devices = ()
+    if len(devices) < mesh.size:
+        return f"and {len(devices)} of the {mesh.size} devices are here"
+    # JAX has a mesh and the devices there for primitives of its own. Of the devices nothing but
+    # their number is compiled in.
+    axes = dataclasses.replace(axes, device_assignment=devices, abstract_mesh=mesh)
+    module = ctx.module_context.replace(axis_context=axes)
+    [result] = lower(ctx.replace(module_context=module), run, *operands)
+    _name_by_content(module, result.owner, f"{content} {mesh}")
+    return [result]
+
+
+def _name_by_content(module: Any, call: Any, content: str) -> None:
+    """Lets a program find its rule of partitioning by what the rule is made of.
+
+    JAX puts a pointer there. With it no other process finds the compiled program in the compilation
+    cache; without it, by JAX's flag, programs that differ only in the rule would be taken for one.
+    """
+    known = custom_partitioning._sharding_callbacks
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    pointer = ir.StringAttr(call.attributes["backend_config"]).value
+    # Rules of the same content are alike, so that of another program does for this one.
+    rule = known.setdefault(digest.encode(), known[pointer.encode()])
+    module.add_keepalive(rule)
+    call.attributes["backend_config"] = ir.StringAttr.get(digest)
+    call.attributes["mhlo.frontend_attributes"] = ir.DictAttr.get(
+        {"depthwise_conv2d": ir.StringAttr.get(digest)}
+    )
