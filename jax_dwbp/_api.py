@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jax_dwbp import _dispatch, _rules
+from jax_dwbp import _compat, _dispatch, _rules
 from jax_dwbp._spec import DTYPES, ConvSpec, Op, brief, canonicalize, check_dtype, check_same_dtype
 
 Precision = str | jax.lax.Precision | tuple[str, str] | None
@@ -267,8 +267,7 @@ def implementations(
     if not callable(fun):
         raise TypeError(f"`fun` must be a function, got {brief(fun)}")
     if platform is None:
-        platform = jax.default_backend()
-        platform = "cuda" if platform == "gpu" else platform
+        platform = _compat.default_platform()
     if not isinstance(platform, str) or platform not in _dispatch.PLATFORMS:
         raise ValueError(
             f"`platform` must be one of {', '.join(_dispatch.PLATFORMS)}, got {brief(platform)}"

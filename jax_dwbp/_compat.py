@@ -7,12 +7,15 @@ and tests/test_fresh_process.py. What registers the rules of the primitive is in
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax._src import custom_partitioning
+from jax._src import checkify, config, custom_partitioning
+from jax.experimental import jet
+from jax.extend.core import Primitive
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import sdy
 from jax.interpreters import mlir
@@ -79,18 +82,34 @@ def scopes_of(eqn: Any) -> list[str]:
     return [scope.name for scope in eqn.source_info.name_stack.stack]
 
 
+def default_platform() -> str:
+    """That of the default devices, by the names that lowering rules are registered for."""
+    [client] = {device.client for device in jax.devices()}
+    is_rocm = "rocm" in client.platform_version.lower()
+    return {"gpu": "rocm" if is_rocm else "cuda"}.get(client.platform, client.platform)
+
+
+def let_inspectors_see(primitive: Primitive) -> None:
+    """Tells `checkify` to look for NaN in the results, and `jet` that they are bilinear."""
+    checkify.error_checks[primitive] = functools.partial(checkify.nan_error_check, primitive)
+    jet.jet_rules[primitive] = functools.partial(jet._bilinear_taylor_rule, primitive)
+
+
 def lower(ctx: Any, run: Callable, *operands: Any) -> Any:
-    return mlir.lower_fun(run, multiple_results=False)(ctx, *operands)
+    # What JAX would look at for NaN within is an array outside of the program.
+    with config.error_checking_behavior_nan("ignore"):
+        return mlir.lower_fun(run, multiple_results=False)(ctx, *operands)
 
 
 def lower_partitioned(
-    ctx: Any, run: Callable, mesh: AbstractMesh, platform: str | None, content: str, *operands: Any
+    ctx: Any, run: Callable, mesh: AbstractMesh, content: str, *operands: Any
 ) -> Any:
     """Lowers `run`, a call of a `custom_partitioning`, for the devices of `mesh`, or says why not.
 
     `content` says all that the partition depends on.
     """
     axes = ctx.module_context.axis_context
+    [platform] = ctx.module_context.platforms
     try:
         devices = tuple(jax.devices(platform)[: mesh.size])
     except RuntimeError:

@@ -25,6 +25,7 @@ from jax_dwbp._spec import OPERANDS, RESULTS, ConvSpec, Op, brief
 _ON_CPU = ("native_cpu", "xla_taps", "lax", "pallas_tpu", "pallas_gpu")
 _ELSEWHERE = ("lax", "xla_taps", "pallas_tpu", "pallas_gpu", "native_cpu")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+OTHER = "other"  # one that JAX has by a plugin of someone else's
 # What XLA can't look into, so that it can't partition it, and where it runs.
 _KERNELS = {
     "native_cpu": ("cpu", "a CPU"),

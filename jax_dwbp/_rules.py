@@ -40,7 +40,7 @@ from jax.interpreters import ad, batching, mlir, partial_eval
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from jax_dwbp import _compat, _dispatch, _partition
-from jax_dwbp._spec import LEFT_TO_LAX, OPERANDS, PRECISIONS, RESULTS, ConvSpec, Op
+from jax_dwbp._spec import LEFT_TO_LAX, OP_NAMES, OPERANDS, PRECISIONS, RESULTS, ConvSpec, Op
 from jax_dwbp._version import __version__
 
 # The op that leaves out each argument of T.
@@ -49,13 +49,18 @@ _LEAVES_OUT: dict[str, Op] = {argument: op for op, argument in RESULTS.items()}
 
 def apply(a: jax.Array, b: jax.Array, *, op: Op, spec: ConvSpec, forward_mode: bool) -> jax.Array:
     """Runs `op`: forward(x, f), input_grad(f, dy) or filter_grad(x, dy)."""
-    run = _apply
+    run = _applied[op]
     if _explicitly_sharded(a, b):
         # As they are, for the sake of their cotangents, which this gives the operand's type. Those
         # that shard_map returns for an array from before the mesh have another.
         a, b = (_resharded(x) for x in (a, b))
         run = _explicit
-    return run(a, b, op=op, spec=spec, forward_mode=forward_mode)
+    try:
+        return run(a, b, op=op, spec=spec, forward_mode=forward_mode)
+    except TypeError as error:
+        if "forward-mode autodiff" in str(error):  # not where a function around this is jitted
+            raise TypeError(f"{error} `forward_mode=True` makes the op one that can.") from error
+        raise
 
 
 def _explicitly_sharded(*operands: jax.Array) -> bool:
@@ -71,7 +76,6 @@ def _resharded(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, sharding.spec)
 
 
-@functools.partial(jax.jit, static_argnames=("op", "spec", "forward_mode"))
 def _apply(a: jax.Array, b: jax.Array, *, op: Op, spec: ConvSpec, forward_mode: bool) -> jax.Array:
     if spec.precision is None:
         # lax reads this when a conv is called; by the time ours is lowered it may have changed.
@@ -81,12 +85,25 @@ def _apply(a: jax.Array, b: jax.Array, *, op: Op, spec: ConvSpec, forward_mode: 
     return (_bind if forward_mode else _reverse_mode)(op, spec, a, b)
 
 
+def _jitted(name: str) -> Callable[..., jax.Array]:
+    """`_apply` by the name that jaxprs and profiles show."""
+
+    def function(a: jax.Array, b: jax.Array, *, op: Op, spec: ConvSpec, forward_mode: bool):
+        return _apply(a, b, op=op, spec=spec, forward_mode=forward_mode)
+
+    function.__name__ = function.__qualname__ = name
+    return jax.jit(function, static_argnames=("op", "spec", "forward_mode"))
+
+
+_applied = {op: _jitted(name) for op, name in OP_NAMES.items()}
+
+
 @functools.partial(jax.jit, static_argnames=("op", "spec", "forward_mode"))
 def _explicit(
     a: jax.Array, b: jax.Array, *, op: Op, spec: ConvSpec, forward_mode: bool
 ) -> jax.Array:
     def part(spec, a, b):
-        return _apply(a, b, op=op, spec=spec, forward_mode=forward_mode)
+        return _applied[op](a, b, op=op, spec=spec, forward_mode=forward_mode)
 
     return _partition.explicit(op, spec, part, a, b)
 
@@ -264,7 +281,7 @@ def _lower_partitioned(
     content = f"{__version__} {op} {spec} {platform} {ctx.avals_in} {able}"
     run = functools.partial(_partition.run, op, spec, platform)
     mesh = _partition.fine_mesh(mesh)
-    return _compat.lower_partitioned(ctx, run, mesh, platform, content, a, b)
+    return _compat.lower_partitioned(ctx, run, mesh, content, a, b)
 
 
 def _warn_of_lost_kernel(
@@ -283,13 +300,16 @@ def _warn_of_lost_kernel(
         )
 
 
+_compat.let_inspectors_see(_primitive)
 batching.primitive_batchers[_primitive] = _batch
 ad.defbilinear(
     _primitive,
     functools.partial(_cotangent, index=0),
     functools.partial(_cotangent, index=1),
 )
-for _platform in (None, *_dispatch.PLATFORMS):
+# What is registered for no platform is for any other.
+mlir.register_lowering(_primitive, functools.partial(_lower, platform=_dispatch.OTHER))
+for _platform in _dispatch.PLATFORMS:
     mlir.register_lowering(
         _primitive, functools.partial(_lower, platform=_platform), platform=_platform
     )

@@ -21,6 +21,12 @@ import numpy as np
 Op = Literal["forward", "input_grad", "filter_grad"]
 Pair = tuple[int, int]
 
+# The names of the public functions.
+OP_NAMES: dict[Op, str] = {
+    "forward": "depthwise_conv2d_native",
+    "input_grad": "depthwise_conv2d_native_backprop_input",
+    "filter_grad": "depthwise_conv2d_native_backprop_filter",
+}
 # The operands of each op, in the order in which all of the package passes them.
 OPERANDS: dict[Op, tuple[str, str]] = {
     "forward": ("x", "f"),
