@@ -85,8 +85,9 @@ def scopes_of(eqn: Any) -> list[str]:
 def default_platform() -> str:
     """That of the default devices, by the names that lowering rules are registered for."""
     [client] = {device.client for device in jax.devices()}
-    is_rocm = "rocm" in client.platform_version.lower()
-    return {"gpu": "rocm" if is_rocm else "cuda"}.get(client.platform, client.platform)
+    if client.platform != "gpu":
+        return client.platform
+    return "rocm" if "rocm" in client.platform_version.lower() else "cuda"
 
 
 def let_inspectors_see(primitive: Primitive) -> None:

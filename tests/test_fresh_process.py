@@ -4,6 +4,7 @@ The functions before the tests are what these processes run, so each imports wha
 """
 
 import dataclasses
+import functools
 import pathlib
 
 import fresh_process
@@ -47,6 +48,22 @@ def call_exported(directory):
     with np.load(path / "operands.npz") as operands:
         np.savez(path / "results.npz", *exported.call(*operands.values()))
     assert "jax_dwbp" not in sys.modules
+
+
+def call_exported_by_name(directory):
+    """With the package imported and nothing of it called."""
+    import pathlib
+
+    import numpy as np
+    from jax import export
+
+    import jax_dwbp
+
+    path = pathlib.Path(directory)
+    exported = export.deserialize(bytearray((path / "exported").read_bytes()))
+    with np.load(path / "operands.npz") as operands:
+        np.savez(path / "results.npz", *exported.call(*operands.values()))
+    assert jax_dwbp.__version__
 
 
 def compile_and_run(directory, implementations):
@@ -140,6 +157,17 @@ def test_artifacts_need_no_package(tmp_path, operands):
     exported = export.export(jax.jit(three_ops))(*operands)
     (tmp_path / "exported").write_bytes(exported.serialize())
     fresh_process.call(call_exported, str(tmp_path))
+    check(tmp_path, operands)
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="it was not compiled")
+def test_artifacts_of_the_native_kernel(tmp_path, operands):
+    """By name it is exported, for where the package is imported."""
+    run = functools.partial(three_ops, implementation="native_cpu")
+    check_of_calls = export.DisabledSafetyCheck.custom_call("jax_dwbp_depthwise_conv2d")
+    exported = export.export(jax.jit(run), disabled_checks=[check_of_calls])(*operands)
+    (tmp_path / "exported").write_bytes(exported.serialize())
+    fresh_process.call(call_exported_by_name, str(tmp_path))
     check(tmp_path, operands)
 
 
