@@ -188,6 +188,17 @@ def test_mesh_of_the_result_is_enough(op):
     case.check(op, program(*operands), case.expected(op, *operands), "float32")
 
 
+@every_op
+def test_mesh_of_the_context_is_enough(op):
+    """Nothing is divided, and each device runs the kernel."""
+    case = Case("whole", (8, 8, 6, 8), (3, 3, 8, 1))
+    operands = case.operands(op)
+    with jax.set_mesh(mesh_of(i=8)):
+        program = jax.jit(functools.partial(case.run, op)).lower(*operands).compile()
+    assert ("jax_dwbp_depthwise_conv2d" in str(program.as_text())) == HAS_NATIVE
+    assert sent_by(program) == {}
+
+
 def test_warning_where_there_is_no_mesh():
     """What XLA divides is known only after the op, so the kernel is lost, but not silently."""
     case = Case("sharded", (8, 8, 6, 8), (3, 3, 8, 1))
