@@ -21,7 +21,7 @@ from jax_dwbp._spec import OPERANDS, RESULTS, ConvSpec, Op, brief
 # a half to a 50th of the time of xla_taps, but for one result of 38 MB, where the memory is what
 # takes the time; xla_taps takes a third to a 450th of lax's, and more than that only for a single
 # channel with a multiplier of 64 or more, which is a dense convolution. Nothing has been timed on
-# an accelerator: there a kernel goes before lax where it is `preferred`, by what it compiles to.
+# an accelerator: there lax runs, and a kernel by name, but where what XLA compiles to is hopeless.
 _ON_CPU = ("native_cpu", "xla_taps", "lax", "pallas_tpu", "pallas_gpu")
 _ELSEWHERE = ("lax", "xla_taps", "pallas_tpu", "pallas_gpu", "native_cpu")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -56,8 +56,7 @@ def explain(
     """
     operands = _canonical_shapes(op, spec, a, b)
     reasons = {
-        name: _why_not(name, op, spec, platform, operands)
-        for name in _names(op, spec, platform, operands)
+        name: _why_not(name, op, spec, platform, operands) for name in _names(spec, platform)
     }
     requested = _requested(spec, list(reasons))
     return next((name for name in requested if reasons[name] is None), None), reasons
@@ -75,7 +74,7 @@ def select(
         *(_KERNELS if program.partitioned else ()),
         *(_UNSTABLE if program.exported else ()),
     }
-    names = [name for name in _names(op, spec, platform, operands) if name not in ruled_out]
+    names = [name for name in _names(spec, platform) if name not in ruled_out]
     reasons = {}
     for name in _requested(spec, names):
         reasons[name] = _why_not(name, op, spec, platform, operands)
@@ -85,18 +84,13 @@ def select(
     raise NotImplementedError(f"`implementation` can't run {op}: {why}")
 
 
-def _names(
-    op: Op, spec: ConvSpec, platform: str | None, operands: list[jax.ShapeDtypeStruct]
-) -> list[str]:
+def _names(spec: ConvSpec, platform: str | None) -> list[str]:
     """All implementations, best first."""
     names: list[str] = [*(_ON_CPU if platform == "cpu" else _ELSEWHERE)]
-    if _is_empty(op, _channels_last(spec), *operands):
-        return names
-    for name, (home, _) in _KERNELS.items():
-        if platform == home != "cpu" and _why_not(name, op, spec, platform, operands) is None:
-            if _module(name).preferred(op, _channels_last(spec), *operands):
-                names.remove(name)
-                names.insert(0, name)
+    if platform == "tpu" and spec.multiplier > 1:
+        # There XLA computes a dense convolution: 60 times the issue cycles in the gradient by the
+        # input, and minutes to compile the other two.
+        names.insert(0, names.pop(names.index("pallas_tpu")))
     return names
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import sys
 from pathlib import Path
 
@@ -79,14 +80,25 @@ def test_defaults(op):
     assert [name for name, reason in found.reasons.items() if reason is None] == [
         name for name in found.reasons if name in IMPLEMENTATIONS
     ]
-    # The kernels where they are preferred, by batch on a TPU.
-    many = dataclasses.replace(CASE, input=(16, *CASE.input[1:]))
-    assert selection(CASE, op, "tpu").runs == "pallas_tpu"
-    assert selection(many, op, "tpu").runs == "lax"
-    assert selection(CASE, op, "cuda").runs == "pallas_gpu"
-    assert selection(CASE, op, "rocm").runs == "lax"
-    large = dataclasses.replace(CASE, filter=(9, 9, 2, 1))
-    assert selection(large, op, "cuda").runs == "lax"
+    # No accelerator has timed the kernels: they run by name, but for a multiplier on a TPU.
+    for platform, multiplier in itertools.product(("cuda", "rocm", "tpu"), (1, 2)):
+        case = dataclasses.replace(CASE, filter=(3, 3, CASE.input[3], multiplier))
+        is_hopeless = platform == "tpu" and multiplier == 2
+        assert selection(case, op, platform).runs == ("pallas_tpu" if is_hopeless else "lax")
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+@pytest.mark.parametrize(("platform", "kernel"), (("tpu", "pallas_tpu"), ("cuda", "pallas_gpu")))
+@pytest.mark.parametrize("op", OPS)
+def test_accelerators_run_lax_and_kernels_by_name(op, platform, kernel):
+    """The lowered program says so, alone and in a sequence of names."""
+    case = Case("accelerated", (8, 14, 14, 128), (3, 3, 128, 1))
+    called = {"tpu": "tpu_custom_call", "cuda": "__gpu$xla.gpu.triton"}[platform]
+    for requested in (None, kernel, (kernel, "lax")):
+        run = jax.jit(functools.partial(case.run, op, implementation=requested))
+        lowered = run.trace(*shapes(case, op)).lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.convolution" in lowered) == (requested is None)
+        assert (called in lowered) == (requested is not None)
 
 
 @contextlib.contextmanager

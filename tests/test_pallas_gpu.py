@@ -230,15 +230,6 @@ def test_without_pallas(monkeypatch):
     pallas_gpu._load.cache_clear()
 
 
-def test_preferred():
-    def preferred(*kernel):
-        a, b = (jax.ShapeDtypeStruct((1, *shape), np.float32) for shape in ((1, 9, 9, 2), kernel))
-        return pallas_gpu.preferred("forward", spec_of(Case("", (1, 9, 9, 2), kernel)), a, b)
-
-    assert preferred(3, 3, 2, 1) and preferred(7, 7, 2, 8) and preferred(1, 31, 2, 1)
-    assert not preferred(8, 8, 2, 1)
-
-
 def test_pallas_is_imported_when_it_is_needed():
     """It takes longer than the rest of this package."""
     program = (

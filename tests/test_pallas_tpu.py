@@ -355,38 +355,6 @@ def test_what_it_takes_fits_the_vmem(op):
         assert "VMEM" in str(unsupported(beyond, op))
 
 
-# ---- When it is the best.
-
-
-def preferred(case, op, dtype="bfloat16"):
-    return pallas_tpu.preferred(op, spec_of(case), *shapes_of(case, op, dtype))
-
-
-@pytest.mark.parametrize(
-    ("case", "ops"),
-    (
-        (Case("3x3", (32, 28, 28, 256), (3, 3, 256, 1)), OPS),
-        (Case("3x3", (32, 7, 7, 960), (3, 3, 960, 1)), ("forward", "input_grad")),
-        (Case("1x4", (32, 1, 512, 256), (1, 4, 256, 1)), ()),
-        (Case("5x5", (32, 7, 7, 1152), (5, 5, 1152, 1)), OPS),
-        (Case("7x7", (32, 28, 28, 256), (7, 7, 256, 1)), OPS),
-        (Case("3x3 s2", (32, 56, 56, 128), (3, 3, 128, 1), (2, 2)), ()),
-        (Case("5x5 s2", (32, 56, 56, 128), (5, 5, 128, 1), (2, 2)), ("input_grad",)),
-        (Case("5x5 s1x2", (32, 56, 56, 128), (5, 5, 128, 1), (1, 2)), ()),
-        (Case("lanes", (32, 14, 14, 96), (7, 7, 96, 1)), OPS),
-        (Case("empty lanes", (32, 56, 56, 144), (7, 7, 144, 1)), ()),
-        (Case("few channels", (64, 28, 28, 32), (3, 3, 32, 1)), OPS),
-        (Case("few images", (2, 28, 28, 256), (3, 3, 256, 1)), OPS),
-        (Case("few images s2", (2, 56, 56, 128), (3, 3, 128, 1), (2, 2)), OPS),
-        (Case("multiplier", (32, 28, 28, 256), (3, 3, 256, 2)), OPS),
-        (Case("multiplier s2", (32, 56, 56, 128), (3, 3, 128, 2), (2, 2)), OPS),
-    ),
-    ids=str,
-)
-def test_preferred(case, ops):
-    assert tuple(op for op in OPS if preferred(case, op)) == ops
-
-
 # ---- Lowering, which needs no TPU.
 
 

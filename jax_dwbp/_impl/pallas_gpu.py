@@ -97,18 +97,6 @@ def unsupported(
     return _load()
 
 
-def preferred(op: Op, spec: ConvSpec, a: jax.ShapeDtypeStruct, b: jax.ShapeDtypeStruct) -> bool:
-    """Up to 7x7 taps, by what the kernels cost on an H100 as they are compiled for it.
-
-    They take 1.0 to 1.5 times what the memory takes for their operands and results, but where
-    multiply-adds are the limit: 2.4 times for 7x7 filters in bfloat16, 3.7 for their gradient and
-    2.2 for that of 5x5 filters. The taps of XLA take 1.3 to 99 times, and always at least 1.3 times
-    as much as these. Of filters beyond these, and of cuDNN, nothing is known that would decide it.
-    """
-    del op, a, b
-    return math.prod(spec.kernel_spatial) <= 49
-
-
 def forward(spec: ConvSpec, x: jax.Array, f: jax.Array) -> jax.Array:
     return _primitive.bind(x, f, op="forward", spec=spec)
 

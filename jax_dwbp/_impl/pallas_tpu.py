@@ -79,29 +79,6 @@ def unsupported(
     return None
 
 
-def preferred(op: Op, spec: ConvSpec, a: jax.ShapeDtypeStruct, b: jax.ShapeDtypeStruct) -> bool:
-    """Where static figures (tests/figures) promise 15% and more on some chip; no TPU has timed it.
-
-    XLA's own kernel takes 2 to 8 times the issue cycles for a few images; more than ever for a
-    multiplier, where it computes dense convolutions; 2 to 4 times in the gradient of the input for
-    the phases of 5x5 and 7x7 filters with a stride; and without a stride 1.1 to 2 times from 3x3
-    taps on, though memory may limit both. With less taps or with other strides memory does. If many
-    lanes are without a channel neither is better, nor for the nine sums over a small map.
-    """
-    batch, taps = _batch(op, a, b), math.prod(spec.kernel_spatial)
-    if spec.multiplier > 1 or batch < _SUBLANES:
-        return True
-    if spec.window_strides != (1, 1):
-        strided = min(spec.window_strides) > 1
-        return op == "input_grad" and strided and min(spec.kernel_spatial) > 3
-    small = op == "filter_grad" and math.prod(spec.out_spatial) <= 64
-    if taps < (25 if small else 9):
-        return False
-    if _views(spec, batch) == ["ghwcn"]:
-        return a.dtype == jnp.bfloat16
-    return spec.channels >= _ceil(spec.channels, _LANES) * _LANES * 3 / 4
-
-
 def forward(spec: ConvSpec, x: jax.Array, f: jax.Array) -> jax.Array:
     return _sum_taps("forward", spec, x, f)
 

@@ -370,7 +370,7 @@ def _table_failures(rows: Sequence[dict[str, Any]]) -> list[str]:
         ours, lax_cycles = (figures.get(name, {}).get("value") for name in ("pallas_tpu", "lax"))
         if ours is None:
             continue
-        limits = {"lax, as it is preferred to it": lax_cycles} if _preferred(problem) else {}
+        limits: dict[str, float] = {}
         if factor := _factor(problem):
             limits[f"{factor} times the VALU floor"] = factor * problem.valu_floor
         if problem.layer.multiplier > 1 and problem.op == "input_grad" and lax_cycles:
@@ -391,10 +391,6 @@ def _factor(problem: Problem) -> float | None:
     return None if problem.op == "filter_grad" else factor
 
 
-def _preferred(problem: Problem) -> bool:
-    return pallas_tpu.preferred(problem.op, problem.layer.spec, *problem.operands)
-
-
 def _by_problem(rows: Sequence[dict[str, Any]]) -> dict[Problem, dict[str, dict[str, Any]]]:
     problems: dict[Problem, dict[str, dict[str, Any]]] = {}
     for row in rows:
@@ -405,7 +401,7 @@ def _by_problem(rows: Sequence[dict[str, Any]]) -> dict[Problem, dict[str, dict[
 
 def _print_table(rows: Sequence[dict[str, Any]]) -> None:
     names = list(_IMPLEMENTATIONS)
-    header = ["chip", "op", "layer", *names, "VALU", "HBM", "lax / pallas_tpu", "preferred"]
+    header = ["chip", "op", "layer", *names, "VALU", "HBM", "lax / pallas_tpu"]
     for cells in (header, ["---"] * len(header)):
         print(f"| {' | '.join(cells)} |")
     for problem, figures in sorted(_by_problem(rows).items(), key=lambda p: (p[0].chip, p[0].op)):
@@ -416,7 +412,7 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
         cells = [problem.chip, problem.op, problem.layer.name]
         numbers = [*values, problem.valu_floor, problem.hbm_floor, ratio]
         cells += ["-" if v is None else f"{v:.2f}" for v in numbers]
-        print(f"| {' | '.join([*cells, 'yes' if _preferred(problem) else 'no'])} |")
+        print(f"| {' | '.join(cells)} |")
 
 
 # ---- The command line.
@@ -489,7 +485,7 @@ def _limited(values: flags.FlagValues, known: list[Problem], layers) -> list[Pro
 
     def has_limit(problem: Problem) -> bool:
         beside_lax = "lax" in values.implementations and problem.op in problem.layer.lax
-        return _factor(problem) is not None or (beside_lax and _preferred(problem))
+        return _factor(problem) is not None or (beside_lax and problem.layer.multiplier > 1)
 
     more: list[Problem] = []
     kinds = {(problem.chip, problem.layer.kernel) for problem in known if has_limit(problem)}

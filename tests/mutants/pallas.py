@@ -54,16 +54,6 @@ FAULTS = [
             f"{TPU} -k fewest",
         ),
         (
-            "spec.multiplier > 1 or batch < _SUBLANES:",
-            Operator("ReplaceOrWithAnd"),
-            f"{TPU} -k preferred",
-        ),
-        (
-            "min(spec.kernel_spatial) > 3",
-            Operator("Gt_GtE"),
-            f"{TPU} -k preferred",
-        ),
-        (
             "        zero(r, filled, stop - filled)\n",
             "",
             f'{PALLAS} -k "pallas_tpu and forward"',
