@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jax_dwbp import _compat, _dispatch, _rules
@@ -268,7 +267,8 @@ def implementations(
         raise TypeError(f"`fun` must be a function, got {brief(fun)}")
     if platform is None:
         platform = _compat.default_platform()
-    if not isinstance(platform, str) or platform not in _dispatch.PLATFORMS:
+        platform = platform if platform in _dispatch.PLATFORMS else _dispatch.OTHER
+    elif not isinstance(platform, str) or platform not in _dispatch.PLATFORMS:
         raise ValueError(
             f"`platform` must be one of {', '.join(_dispatch.PLATFORMS)}, got {brief(platform)}"
         )
@@ -304,7 +304,7 @@ def _operands(**operands: Any) -> list[jax.Array]:
     dtypes: dict[str, np.dtype] = {}
     for name, operand in operands.items():
         if isinstance(operand, jax.Array):
-            if not isinstance(operand, Tracer) and operand.is_deleted():
+            if _compat.is_deleted(operand):
                 raise ValueError(
                     f"`{name}` must have its data, got {brief(operand)} that was deleted or donated"
                 )

@@ -1,6 +1,7 @@
 """What the package's programs share: how a command line is run, and how a file is written."""
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -13,6 +14,9 @@ from typing import Any, BinaryIO
 
 import jax
 from absl import flags
+
+# What there is to say of a standard output that can't be written.
+_OF_WRITING = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def main(
@@ -42,11 +46,14 @@ def main(
     except (flags.Error, RuntimeError, MemoryError) as error:
         message = str(error)
     except OSError as error:
+        if error.filename is not None or error.errno not in _OF_WRITING:
+            raise
         # Else what is left of standard output would be tried again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(io.UnsupportedOperation):  # it is not a file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return 128 + signal.SIGPIPE
-        message = f"{error.filename or 'standard output'}: {reason(error)}"
+        message = f"standard output: {reason(error)}"
     print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
     return 2
 

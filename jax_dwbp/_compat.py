@@ -9,10 +9,12 @@ and tests/test_fresh_process.py. What registers the rules of the primitive is in
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+from jax import core
 from jax._src import checkify, config, custom_partitioning
 from jax.experimental import jet
 from jax.extend.core import Primitive
@@ -21,13 +23,22 @@ from jax.extend.mlir.dialects import sdy
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh
 
+_lock = threading.Lock()
+# What JAX says of a `jvp` of a custom_vjp.
+FORWARD_MODE_ERROR = "forward-mode autodiff"
+
+
+def is_deleted(x: jax.Array) -> bool:
+    return not isinstance(x, core.Tracer) and x.is_deleted()
+
 
 def is_partitioned(ctx: Any) -> bool:
     """Whether XLA divides the program among devices. It does not if there is one, nor if a
-    `shard_map` has all axes of the mesh in its hands."""
+    `shard_map` has all axes of the mesh in its hands that divide anything."""
     axes = ctx.module_context.axis_context
     if hasattr(axes, "manual_axes"):
-        return axes.manual_axes != frozenset(axes.mesh.axis_names)
+        sizes = axes.mesh.shape.items()
+        return any(size > 1 for name, size in sizes if name not in axes.manual_axes)
     return getattr(axes, "num_devices", 1) != 1
 
 
@@ -35,25 +46,29 @@ def is_exported(ctx: Any) -> bool:
     return ctx.module_context.lowering_parameters.for_export
 
 
-def mesh_of(ctx: Any) -> AbstractMesh | str:
-    """The mesh of the devices that XLA divides the program among, or why it can't be used.
+def meshes_of(ctx: Any) -> list[AbstractMesh] | str:
+    """The meshes of the devices that XLA divides the program among, at least one, or why it can't
+    be divided over a mesh.
 
-    It is that of the types of the operands, of the shardings of the program's own arguments and
-    results, or of the context, whichever is there first.
+    They are those of the types of the operands, of the shardings of the program's own arguments and
+    results, or of the context: of the first of these that have any.
     """
     if not getattr(jax.config, "jax_use_shardy_partitioner", True):
         return "by GSPMD and not by Shardy"
     axes = ctx.module_context.axis_context
     if hasattr(axes, "manual_axes"):
         return "along those axes of their mesh that are not in the hands of a `jax.shard_map`"
-    meshes = [
-        *(aval.sharding.mesh for aval in ctx.avals_in),
-        *_meshes_of_main(ctx.module_context.module),
-        jax.sharding.get_abstract_mesh(),
-    ]
-    for mesh in meshes:
-        if not mesh.empty and mesh.size == axes.num_devices:
-            return mesh
+    if len(ctx.module_context.platforms) > 1:
+        return "and lowered for several platforms"
+    places: tuple[Callable[[], Iterable[AbstractMesh]], ...] = (
+        lambda: (aval.sharding.mesh for aval in ctx.avals_in),
+        lambda: _meshes_of_main(ctx.module_context.module),
+        lambda: [jax.sharding.get_abstract_mesh()],
+    )
+    for place in places:
+        meshes = [mesh for mesh in place() if not mesh.empty and mesh.size == axes.num_devices]
+        if meshes:
+            return meshes
     return (
         "and no mesh of them was found: give the operands, or `jax.jit`, shardings of the kind "
         "`jax.sharding.NamedSharding`"
@@ -96,6 +111,13 @@ def let_inspectors_see(primitive: Primitive) -> None:
     jet.jet_rules[primitive] = functools.partial(jet._bilinear_taylor_rule, primitive)
 
 
+def partitioned(whole: Callable, partition: Callable, rule: Any) -> Callable:
+    """`whole`, of which XLA runs parts that `partition` makes, as by `rule` shardings propagate."""
+    function = custom_partitioning.custom_partitioning(whole)
+    function.def_partition(partition, sharding_rule=rule)
+    return function
+
+
 def lower(ctx: Any, run: Callable, *operands: Any) -> Any:
     # What JAX would look at for NaN within is an array outside of the program.
     with config.error_checking_behavior_nan("ignore"):
@@ -136,7 +158,8 @@ def _name_by_content(module: Any, call: Any, content: str) -> None:
     digest = hashlib.sha256(content.encode()).hexdigest()
     pointer = ir.StringAttr(call.attributes["backend_config"]).value
     # Rules of the same content are alike, so that of another program does for this one.
-    rule = known.setdefault(digest.encode(), known[pointer.encode()])
+    with _lock:
+        rule = known.setdefault(digest.encode(), known[pointer.encode()])
     module.add_keepalive(rule)
     call.attributes["backend_config"] = ir.StringAttr.get(digest)
     call.attributes["mhlo.frontend_attributes"] = ir.DictAttr.get(

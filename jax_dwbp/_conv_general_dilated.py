@@ -21,7 +21,7 @@ from jax_dwbp._spec import DTYPES, LEFT_TO_LAX, ConvSpec, Pair, canonicalize
 _LAX = lax.conv_general_dilated
 # Whether `in_place_of_lax` is entered, in this thread. The caches of `jit` look at it too.
 _in_place = jax.make_user_context(False)
-_installed, _lock = _LAX, threading.Lock()
+_lock = threading.Lock()
 
 
 def conv_general_dilated(
@@ -48,8 +48,9 @@ def conv_general_dilated(
     also one with an error in it, goes to lax unchanged: `jax_dwbp.implementations` says why, and so
     does the name of its scope in a profile.
 
-    Padding may be negative. On a CPU lax's own convolution reads out of bounds for some of that
-    (openxla/xla issue 48713); this one does not.
+    Padding may be negative, if it leaves something of an input without explicit sharding. On a CPU
+    lax's own convolution reads out of bounds for some of that (openxla/xla issue 48713); this one
+    does not.
 
     Args: see `jax.lax.conv_general_dilated`.
 
@@ -125,17 +126,18 @@ def in_place_of_lax() -> Iterator[None]:
 
 def _install() -> None:
     """Puts in lax's place what chooses, for good: who has patched it meanwhile keeps the patch."""
-    global _installed
     with _lock:
         before = lax.conv_general_dilated
-        if before is _installed is not _LAX:
+        if hasattr(before, "chooses"):
             return
 
         @functools.wraps(before)
         def chosen(*args: Any, **kwargs: Any) -> jax.Array:
             return (conv_general_dilated if _in_place.value else before)(*args, **kwargs)
 
-        lax.conv_general_dilated = _installed = chosen
+        chosen.chooses = True  # pyright: ignore[reportAttributeAccessIssue]
+        chosen.__module__ = "jax.lax"  # where a pickle finds it, and lax's own in another process
+        lax.conv_general_dilated = chosen
 
 
 class _Depthwise(NamedTuple):
@@ -236,6 +238,8 @@ def _depthwise(
         spatial = [size + sum(pads) for size, pads in zip(spatial, crop, strict=True)]
         if min(spatial) < 1:
             return "negative padding leaves nothing"
+        if is_explicit and any(pad for pads in crop for pad in pads):
+            return "negative padding crops an input with explicit sharding"
     channels_first = numbers.lhs_spec == numbers.out_spec == (0, 1, 2, 3)
     try:
         spec = canonicalize(

@@ -13,6 +13,7 @@ A division that does not come out even, or that would need rows from beyond the 
 made along that axis: there XLA gathers the operand, and the result is the same.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -24,10 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_dwbp import _dispatch
+from jax_dwbp import _compat, _dispatch
 from jax_dwbp._spec import OPERANDS, RESULTS, ConvSpec, Op
 
 AnyMesh = Mesh | AbstractMesh
@@ -53,12 +53,16 @@ def run(op: Op, spec: ConvSpec, platform: str | None, a: jax.Array, b: jax.Array
         given = [array.sharding.spec for array in (*operands, result)]
         divided = _divided(op, spec, axes, given, mesh)
         shardings = [NamedSharding(mesh, _spec(letters, divided)) for letters in axes.values()]
-        local = functools.partial(_local, op, spec, part, axes, divided, mesh)
+
+        def local(a: jax.Array, b: jax.Array) -> jax.Array:
+            # XLA asks for the parts when it compiles, where float64 may be off.
+            is_double = a.dtype.itemsize == 8
+            with jax.enable_x64(True) if is_double else contextlib.nullcontext():
+                return _local(op, spec, part, axes, divided, mesh, a, b)
+
         return mesh, local, shardings[-1], tuple(shardings[:-1])
 
-    function = custom_partitioning(whole)
-    function.def_partition(partition, sharding_rule=_rule(op, spec, axes))
-    return function(a, b)
+    return _compat.partitioned(whole, partition, _rule(op, spec, axes))(a, b)
 
 
 def fine_mesh(mesh: AbstractMesh) -> AbstractMesh:

@@ -40,8 +40,9 @@ from jax.interpreters import ad, batching, mlir, partial_eval
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from jax_dwbp import _compat, _dispatch, _partition
+from jax_dwbp._impl import interpreted
 from jax_dwbp._spec import LEFT_TO_LAX, OP_NAMES, OPERANDS, PRECISIONS, RESULTS, ConvSpec, Op
-from jax_dwbp._version import __version__
+from jax_dwbp._version import sources
 
 # The op that leaves out each argument of T.
 _LEAVES_OUT: dict[str, Op] = {argument: op for op, argument in RESULTS.items()}
@@ -58,7 +59,7 @@ def apply(a: jax.Array, b: jax.Array, *, op: Op, spec: ConvSpec, forward_mode: b
     try:
         return run(a, b, op=op, spec=spec, forward_mode=forward_mode)
     except TypeError as error:
-        if "forward-mode autodiff" in str(error):  # not where a function around this is jitted
+        if _compat.FORWARD_MODE_ERROR in str(error):  # not where a function around this is jitted
             raise TypeError(f"{error} `forward_mode=True` makes the op one that can.") from error
         raise
 
@@ -273,14 +274,16 @@ def _lower_partitioned(
     ctx: Any, a: Any, b: Any, op: Op, spec: ConvSpec, platform: str | None
 ) -> Any:
     """What XLA divides by the rules of `_partition`, or why it can't."""
-    mesh = _compat.mesh_of(ctx)
-    if isinstance(mesh, str):
-        return mesh
+    meshes = _compat.meshes_of(ctx)
+    if isinstance(meshes, str):
+        return meshes
+    mesh, *others = (_partition.fine_mesh(mesh) for mesh in meshes)
+    if any(other.axis_sizes != mesh.axis_sizes for other in others):
+        return "and by meshes that cut them differently"
     _, reasons = _dispatch.explain(op, spec, platform, *ctx.avals_in)
     able = [name for name, reason in reasons.items() if reason is None]
-    content = f"{__version__} {op} {spec} {platform} {ctx.avals_in} {able}"
+    content = f"{sources()} {op} {spec} {platform} {ctx.avals_in} {able} {interpreted()}"
     run = functools.partial(_partition.run, op, spec, platform)
-    mesh = _partition.fine_mesh(mesh)
     return _compat.lower_partitioned(ctx, run, mesh, content, a, b)
 
 

@@ -1,5 +1,6 @@
 """The context in which `jax.lax.conv_general_dilated` is ours, and that nothing else is changed."""
 
+import pickle
 import threading
 
 import jax
@@ -82,6 +83,20 @@ def test_who_keeps_the_function_has_lax_afterwards():
 
         assert runs_here(lambda x, f: kept(x, f, (1, 1), "SAME", feature_group_count=4))
     assert not runs_here(lambda x, f: kept(x, f, (1, 1), "SAME", feature_group_count=4))
+
+
+def test_it_stays_one_function(monkeypatch):
+    """However often others patch it and take that back; and it has a name to be pickled by."""
+    with jax_dwbp.in_place_of_lax():
+        chosen = jax.lax.conv_general_dilated
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(jax.lax, "conv_general_dilated", lambda *args, **kwargs: None)
+            with jax_dwbp.in_place_of_lax():
+                assert runs_here(conv)
+        with jax_dwbp.in_place_of_lax():
+            assert jax.lax.conv_general_dilated is chosen
+    assert pickle.loads(pickle.dumps(chosen)) is chosen
 
 
 def test_patches_of_others_stay(monkeypatch):

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -197,6 +198,73 @@ def test_mesh_of_the_context_is_enough(op):
         program = jax.jit(functools.partial(case.run, op)).lower(*operands).compile()
     assert ("jax_dwbp_depthwise_conv2d" in str(program.as_text())) == HAS_NATIVE
     assert sent_by(program) == {}
+
+
+def lost(function, *operands, **options):
+    """What warnings say of the kernel, that is lost where they come."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lowered = function.trace(*operands).lower(**options)
+    messages = [str(warning.message) for warning in caught]
+    assert ("CustomSPMDPartitioning" in lowered.as_text()) == (not messages)
+    return " ".join(messages)
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="it was not compiled")
+def test_warnings_say_why_the_kernel_is_lost():
+    case = Case("sharded", (4, 8, 6, 6), (3, 3, 6, 1))
+    run = functools.partial(case.run, "forward")
+    operands = case.operands("forward")
+    two_by_three, three_by_two = mesh_of(a=2, b=3), mesh_of(c=3, d=2)
+    cut = {
+        "": (NamedSharding(two_by_three, P("a")), NamedSharding(two_by_three, P())),
+        "by meshes that cut them differently": (
+            NamedSharding(two_by_three, P("a")),
+            NamedSharding(three_by_two, P()),
+        ),
+    }
+    for reason, shardings in cut.items():
+        message = lost(jax.jit(run, in_shardings=shardings), *operands)
+        assert reason in message and bool(message) == bool(reason)
+    divided = jax.jit(run, in_shardings=cut[""])
+    message = lost(divided, *operands, lowering_platforms=("cpu", "tpu"))
+    assert "run by xla_taps and not by native_cpu" in message
+    assert "lowered for several platforms" in message
+
+
+@pytest.mark.parametrize("other", (1, 2))
+def test_axes_of_a_mesh_outside_of_a_shard_map(other):
+    """One of size 1 divides nothing."""
+    case = Case("sharded", (8, 8, 6, 8), (3, 3, 8, 1))
+    mesh, operands = mesh_of(i=4, j=other), case.operands("forward")
+    sharded = jax.shard_map(
+        functools.partial(case.run, "forward"),
+        mesh=mesh,
+        in_specs=(P("i"), P()),
+        out_specs=P("i"),
+        axis_names={"i"},
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        program = jax.jit(sharded).lower(*operands).compile()
+    assert [
+        "not in the hands of a `jax.shard_map`" in str(warning.message) for warning in caught
+    ] == [True] * (HAS_NATIVE and other > 1)
+    kernel = "jax_dwbp_depthwise_conv2d" in str(program.as_text())
+    assert kernel == (HAS_NATIVE and other == 1)
+    case.check("forward", program(*operands), case.expected("forward", *operands), "float32")
+
+
+@every_op
+def test_float64_that_is_off_where_it_is_compiled(op):
+    case = Case("sharded", (8, 8, 6, 8), (3, 3, 8, 1))
+    operands, mesh = case.operands(op, "float64"), mesh_of(i=4)
+    *in_specs, _ = specs(op, ACTIVATIONS["height"], FILTERS["height"])
+    shardings = [NamedSharding(mesh, spec) for spec in in_specs]
+    lowered = with_in_shardings(functools.partial(case.run, op), operands, shardings, mesh)
+    with jax.enable_x64(False):
+        program = lowered.compile()
+    case.check(op, program(*operands), case.expected(op, *operands), "float64")
 
 
 def test_warning_where_there_is_no_mesh():

@@ -32,7 +32,7 @@ FAULTS = [
     *faults(
         "_api.py",
         ("leaf.ndim != 1", Operator("NotEq_Eq"), IMPLEMENTATIONS),
-        ("not isinstance(operand, Tracer) and operand.is_deleted()", "False", ERRORS),
+        ("_compat.is_deleted(operand)", "False", ERRORS),
         ("if weak and strong", Operator("ReplaceAndWithOr"), ERRORS),
         ("type(value) is np.ndarray", "isinstance(value, np.ndarray)", ERRORS),
         (
@@ -62,7 +62,7 @@ FAULTS = [
         ("(max(low, 0), max(high, 0))", "(abs(low), abs(high))", STAND_IN),
         ("none + axes + none if", "none + axes[::-1] + none if", STAND_IN),
         ("{LEFT_TO_LAX}{call}", "{call}", STAND_IN),
-        ("before is _installed is not _LAX", "_installed is not _LAX", IN_PLACE),
+        ('hasattr(before, "chooses")', "before is not _LAX", IN_PLACE),
         ("_in_place.value else before", "True else before", IN_PLACE),
         ("with _in_place(True):", "with _in_place(False):", IN_PLACE),
     ),

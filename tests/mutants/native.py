@@ -118,7 +118,7 @@ FAULTS = [
             LARGE,
         ),
         ("lines += slot * row_lines", "lines += slot % slots * row_lines", FORWARD),
-        ("if (loop->failed) throw std::bad_alloc();", "", SANITIZERS),
+        ("if (loop->failed) std::rethrow_exception(loop->error);", "", SANITIZERS),
         ("if (loop->failed) return;", "", SANITIZERS),
         ('value != std::string_view("0")', "true", HUGE),
         # A read out of bounds, two threads that write the same, and an overflow: no value changes.

@@ -224,7 +224,7 @@ struct Scratch {
   }
   void Trim() {
     if (capacity * static_cast<int64_t>(sizeof(Line)) > kKeptBytes) Free();
-    if (taps.capacity() * static_cast<int64_t>(sizeof(Tap)) > kKeptBytes) taps = {};
+    if (taps.capacity() * static_cast<int64_t>(sizeof(Tap)) > kKeptBytes) taps = std::vector<Tap>();
   }
 };
 
@@ -267,6 +267,7 @@ struct Loop {
   std::vector<Share> shares;
   std::atomic<int64_t> done{0};
   std::atomic<bool> failed{false};
+  std::exception_ptr error;  // the first
   std::mutex mutex;
   std::condition_variable finished;
 
@@ -293,7 +294,7 @@ struct Loop {
 };
 
 // Runs body(scratch, i) for all i below `count`, on this thread and on idle ones of XLA's pool. Throws
-// std::bad_alloc if one of them had no memory.
+// what the first of them threw.
 template <typename Body>
 void ParallelFor(ffi::ThreadPool& pool, int64_t threads, int64_t count, int64_t lines,
                  const Body& body) {
@@ -310,8 +311,8 @@ void ParallelFor(ffi::ThreadPool& pool, int64_t threads, int64_t count, int64_t 
         if (loop->failed) return;
         scratch.Lines(lines);
         body(scratch, task);
-      } catch (const std::exception&) {
-        loop->failed = true;
+      } catch (...) {
+        if (!loop->failed.exchange(true)) loop->error = std::current_exception();
       }
     });
     if (ran == 0) return;
@@ -334,7 +335,7 @@ void ParallelFor(ffi::ThreadPool& pool, int64_t threads, int64_t count, int64_t 
   for (int spin = 0; spin < kSpins && loop->done.load() < count; ++spin) std::this_thread::yield();
   std::unique_lock<std::mutex> lock(loop->mutex);
   loop->finished.wait(lock, [&] { return loop->done.load() >= count; });
-  if (loop->failed) throw std::bad_alloc();
+  if (loop->failed) std::rethrow_exception(loop->error);
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -968,9 +969,11 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b,
       break;
   }
   return ffi::Error::Success();
-} catch (const std::exception&) {
+} catch (const std::bad_alloc&) {
   // A text that is short enough to take no memory.
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "out of memory");
+} catch (const std::exception& error) {
+  return ffi::Error(ffi::ErrorCode::kInternal, error.what());
 }
 
 }  // namespace

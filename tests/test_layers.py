@@ -1,0 +1,55 @@
+"""A call goes down the modules of the package, and imports go the same way."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import jax_dwbp
+
+PACKAGE = Path(jax_dwbp.__file__).parent
+# A module imports from the rows below its own, and those of the first row from each other too.
+LAYERS = (
+    ("__init__", "__main__", "bench", "tf2jax", "_api", "_conv_general_dilated", "_command_line"),
+    ("_rules",),
+    ("_partition",),
+    ("_dispatch",),
+    ("_impl.lax", "_impl.xla_taps", "_impl.native_cpu", "_impl.pallas_tpu", "_impl.pallas_gpu"),
+    ("_impl.taps",),
+    ("_impl.__init__",),
+    ("_spec", "_compat", "_version"),
+)
+ROW = {module: row for row, modules in enumerate(LAYERS) for module in modules}
+
+
+def imported(path):
+    """The modules of the package that a file imports, also within functions."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    for name in names:
+        root, *parts = name.split(".")
+        if root == "jax_dwbp":
+            # Of what is imported from a module, the module is what matters.
+            while parts and ".".join(parts) not in ROW and f"{'.'.join(parts)}.__init__" not in ROW:
+                parts.pop()
+            module = ".".join(parts)
+            yield module if module in ROW else f"{module}.__init__".lstrip(".")
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_imports_go_down(path):
+    module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for name in imported(path):
+        assert ROW[name] > ROW[module] or ROW[name] == ROW[module] == 0, (module, name)
+
+
+def test_what_jax_does_not_promise_is_in_one_place():
+    """But for what registers the rules of a primitive."""
+    words = r"\b(jax\.(_src|interpreters|extend|core)|custom_partitioning)\b"
+    found = {path.name for path in PACKAGE.rglob("*.py") if re.search(words, path.read_text())}
+    assert found == {"_compat.py", "_rules.py", "pallas_gpu.py"}
