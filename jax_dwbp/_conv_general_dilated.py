@@ -145,7 +145,38 @@ class _Depthwise(NamedTuple):
     crop: list[Pair]  # what negative padding takes off the height and the width, as pads
 
 
-def _depthwise(
+class _Call(NamedTuple):
+    """The arguments of a call, understood."""
+
+    types: tuple[Any, Any]  # of lhs and rhs
+    dtype: Any  # of the result
+    numbers: Any
+    lhs: tuple[Any, ...]  # sizes: batch, channels, spatial
+    rhs: tuple[Any, ...]  # sizes: features, channels of a group, spatial
+    strides: tuple[int, ...]
+    padding: Any  # in capitals, or pairs
+    lhs_dilation: tuple[int, ...]
+    rhs_dilation: tuple[int, ...]
+    groups: int
+    batch_groups: int
+    precision: Any
+    out_sharding: Any
+
+    @property
+    def is_explicit(self) -> bool:
+        return any(self.types[0].sharding.spec)
+
+
+def _depthwise(lhs: Any, rhs: Any, *arguments: Any) -> _Depthwise | str:
+    """What a depthwise call asks for. Of another, or a wrong one, why lax has the say."""
+    try:
+        call = _understood(lhs, rhs, *arguments)
+    except (AttributeError, TypeError, ValueError) as error:  # the caller's
+        return f"an argument can't be understood: {error}"
+    return _why_not(call) or _canonicalized(call)
+
+
+def _understood(
     lhs: Any,
     rhs: Any,
     window_strides: Any,
@@ -158,89 +189,108 @@ def _depthwise(
     precision: Any,
     preferred_element_type: Any,
     out_sharding: Any,
-) -> _Depthwise | str:
-    """What a depthwise call asks for. Of another, or a wrong one, why lax has the say."""
-    try:
-        types = [jax.typeof(x) for x in (lhs, rhs)]
-        dtype = jnp.dtype(preferred_element_type or types[0].dtype)
-        numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-        rank = lhs.ndim - 2
-        groups, batch_groups = map(operator.index, (feature_group_count, batch_group_count))
-        strides, lhs_dilation, rhs_dilation = (
-            (1,) * rank if vector is None else tuple(map(operator.index, vector))
-            for vector in (window_strides, lhs_dilation, rhs_dilation)
-        )
-        if isinstance(padding, str):
-            padding = padding.upper()
-        else:
-            padding = [(operator.index(low), operator.index(high)) for low, high in padding]
-    except (AttributeError, TypeError, ValueError) as error:  # the caller's
-        return f"an argument can't be understood: {error}"
-    n, channels, *spatial = (lhs.shape[i] for i in numbers.lhs_spec)
-    features, group, *window = (rhs.shape[i] for i in numbers.rhs_spec)
-    vectors = (
+) -> _Call:
+    types = jax.typeof(lhs), jax.typeof(rhs)
+    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    strides, lhs_dilation, rhs_dilation = (
+        (1,) * (lhs.ndim - 2) if vector is None else tuple(map(operator.index, vector))
+        for vector in (window_strides, lhs_dilation, rhs_dilation)
+    )
+    if isinstance(padding, str):
+        padding = padding.upper()
+    else:
+        padding = [(operator.index(low), operator.index(high)) for low, high in padding]
+    return _Call(
+        types,
+        jnp.dtype(preferred_element_type or types[0].dtype),
+        numbers,
+        tuple(lhs.shape[i] for i in numbers.lhs_spec),
+        tuple(rhs.shape[i] for i in numbers.rhs_spec),
         strides,
+        padding,
         lhs_dilation,
         rhs_dilation,
-        *([] if isinstance(padding, str) else [padding]),
+        operator.index(feature_group_count),
+        operator.index(batch_group_count),
+        precision,
+        out_sharding,
     )
-    dtypes = (types[0].dtype, types[1].dtype, dtype)
-    is_explicit = any(types[0].sharding.spec)
-    # Also what is written in a way that lax would not take: what is left is safe to interpret.
-    for reason, applies in {
+
+
+def _why_not(call: _Call) -> str | None:
+    """Why it is not depthwise, or is written in a way that lax would not take, or None."""
+    _, channels, *spatial = call.lhs
+    features, group, *_ = call.rhs
+    rank = len(spatial)
+    vectors = [call.strides, call.lhs_dilation, call.rhs_dilation]
+    vectors += [] if isinstance(call.padding, str) else [call.padding]
+    dtypes = (*(x.dtype for x in call.types), call.dtype)
+    reasons = {
         f"one or two spatial dimensions are depthwise here, not {rank}": rank not in (1, 2),
-        f"feature_group_count is {groups} of {channels} channels": groups != channels or group != 1,
+        f"feature_group_count is {call.groups} of {channels} channels": (
+            call.groups != channels or group != 1
+        ),
         "one channel is an ordinary convolution": channels == 1,
-        f"batch_group_count is {batch_groups}": batch_groups != 1,
+        f"batch_group_count is {call.batch_groups}": call.batch_groups != 1,
         f"{channels} channels do not divide {features} features": (
             not channels or features % channels
         ),
         "a size is 0 or symbolic": not all(
-            type(size) is int and size > 0 for size in (*spatial, *rhs.shape)
+            type(size) is int and size > 0 for size in (*spatial, *call.rhs)
         ),
         f"not all attributes have {rank} entries": any(len(vector) != rank for vector in vectors),
-        f"lhs_dilation is {lhs_dilation}": any(step != 1 for step in lhs_dilation),
-        f"padding is {padding!r}": (
-            isinstance(padding, str) and padding not in ("SAME", "SAME_LOWER", "VALID")
+        f"lhs_dilation is {call.lhs_dilation}": any(step != 1 for step in call.lhs_dilation),
+        f"padding is {call.padding!r}": (
+            isinstance(call.padding, str) and call.padding not in ("SAME", "SAME_LOWER", "VALID")
         ),
         f"dtypes are {', '.join(map(str, dtypes))}": (
             dtypes[0] != dtypes[1]
             or not {dtype.name for dtype in dtypes} <= set(DTYPES)
-            or dtypes[0].itemsize > dtype.itemsize
-            or dtype != jax.dtypes.canonicalize_dtype(dtype)  # lax warns of float64 without x64
+            or dtypes[0].itemsize > call.dtype.itemsize
+            # lax warns of float64 without x64
+            or call.dtype != jax.dtypes.canonicalize_dtype(call.dtype)
         ),
-        "the dtypes of both operands are weak": types[0].weak_type and types[1].weak_type,
+        "the dtypes of both operands are weak": all(x.weak_type for x in call.types),
         "precision is written in another way": not (
-            precision is None
-            or isinstance(precision, lax.Precision | str)
-            or (isinstance(precision, tuple) and len({type(p) for p in precision}) == 1)
+            call.precision is None
+            or isinstance(call.precision, lax.Precision | str)
+            or (isinstance(call.precision, tuple) and len({type(p) for p in call.precision}) == 1)
         ),
-        "out_sharding is of an input without explicit sharding": out_sharding is not None
-        and not (is_explicit and isinstance(out_sharding, PartitionSpec | NamedSharding)),
+        "out_sharding is of an input without explicit sharding": (
+            call.out_sharding is not None
+            and not (
+                call.is_explicit and isinstance(call.out_sharding, PartitionSpec | NamedSharding)
+            )
+        ),
         "the filter or the channels have explicit sharding": (
-            any(types[1].sharding.spec)
-            or (is_explicit and types[0].sharding.spec[numbers.lhs_spec[1]])
+            any(call.types[1].sharding.spec)
+            or (call.is_explicit and call.types[0].sharding.spec[call.numbers.lhs_spec[1]])
         ),
-    }.items():
-        if applies:
-            return reason
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def _canonicalized(call: _Call) -> _Depthwise | str:
+    n, channels, *spatial = call.lhs
+    features, _, *window = call.rhs
+    strides, dilation, padding = call.strides, call.rhs_dilation, call.padding
     if padding == "SAME_LOWER":
-        windows = [(k - 1) * d + 1 for k, d in zip(window, rhs_dilation, strict=True)]
+        windows = [(k - 1) * d + 1 for k, d in zip(window, dilation, strict=True)]
         padding = lax.padtype_to_pads(spatial, windows, strides, padding)
-    crop = [(0, 0)] * 2
-    if rank == 1:
+    if len(spatial) == 1:
         spatial, window = [1, *spatial], [1, *window]
-        strides, rhs_dilation = (1, *strides), (1, *rhs_dilation)
+        strides, dilation = (1, *strides), (1, *dilation)
         padding = padding if isinstance(padding, str) else [(0, 0), *padding]
+    crop = [(0, 0), (0, 0)]
     if not isinstance(padding, str):
         crop = [(min(low, 0), min(high, 0)) for low, high in padding]
         padding = [(max(low, 0), max(high, 0)) for low, high in padding]
         spatial = [size + sum(pads) for size, pads in zip(spatial, crop, strict=True)]
         if min(spatial) < 1:
             return "negative padding leaves nothing"
-        if is_explicit and any(pad for pads in crop for pad in pads):
+        if call.is_explicit and any(pad for pads in crop for pad in pads):
             return "negative padding crops an input with explicit sharding"
-    channels_first = numbers.lhs_spec == numbers.out_spec == (0, 1, 2, 3)
+    channels_first = call.numbers.lhs_spec == call.numbers.out_spec == (0, 1, 2, 3)
     try:
         spec = canonicalize(
             "forward",
@@ -251,8 +301,8 @@ def _depthwise(
             padding,
             (),
             "NCHW" if channels_first else "NHWC",
-            rhs_dilation,
-            precision,
+            dilation,
+            call.precision,
             None,
         )
     except ValueError as error:  # sizes beyond what the ops take, a precision that is none

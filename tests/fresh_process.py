@@ -15,9 +15,13 @@ from typing import Any
 
 def start(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
     """`python *arguments`, in the environment of this process and `environment`."""
+    ours = {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "PYTHONUNBUFFERED": "",  # as it is for who has not asked: output is late
+    }
     return subprocess.Popen(
         [sys.executable, *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        env={**os.environ, **ours, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -363,6 +363,15 @@ def test_long_sums_are_of_short_chains(op):
     assert np.sqrt(np.mean(error**2) / np.mean(want**2)) < 4 * 2**-24
 
 
+def test_long_sums_of_many_rows_are_of_short_chains():
+    """In the filter gradient, where there are channels enough for all tasks."""
+    case = Case("many_rows", (1, 4096, 1, 2048), (1, 1, 2048, 1))
+    a, b = case.operands("filter_grad")
+    want = np.einsum("nhwc,nhwc->c", a, b, dtype=np.float64).reshape(case.filter)
+    error = np.asarray(case.run("filter_grad", a, b, implementation="native_cpu")) - want
+    assert np.sqrt(np.mean(error**2) / np.mean(want**2)) < 4 * 2**-24
+
+
 def refuse(*arguments, **options):
     raise RuntimeError("the API version of this target is too new")
 

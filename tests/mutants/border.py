@@ -49,13 +49,17 @@ FAULTS = [
     *faults(
         "_conv_general_dilated.py",
         ("np.argsort((n, *spatial, c))", "(n, *spatial, c)", STAND_IN),
-        ("batch_groups != 1,", "False,", f"{ERRORS} {STAND_IN}"),
-        ("any(step != 1 for step in lhs_dilation)", "False", STAND_IN),
-        ("types[0].weak_type and types[1].weak_type", "False", ERRORS),
+        ("call.batch_groups != 1,", "False,", f"{ERRORS} {STAND_IN}"),
+        ("any(step != 1 for step in call.lhs_dilation)", "False", STAND_IN),
+        ("all(x.weak_type for x in call.types)", "False", ERRORS),
         ("[(0, 0), *padding]", "[*padding, (0, 0)]", STAND_IN),
-        ("sharding.spec[numbers.lhs_spec[1]]", "sharding.spec[numbers.lhs_spec[0]]", EXPLICIT),
         (
-            "            precision,\n            None,\n        )",
+            "sharding.spec[call.numbers.lhs_spec[1]]",
+            "sharding.spec[call.numbers.lhs_spec[0]]",
+            EXPLICIT,
+        ),
+        (
+            "            call.precision,\n            None,\n        )",
             "            None,\n            None,\n        )",
             f"{STAND_IN} {TRANSFORMATIONS}",
         ),

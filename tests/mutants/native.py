@@ -87,7 +87,7 @@ FAULTS = [
             "if (held_image < 0)",
             FILTER_GRAD,
         ),
-        ("channels >= kernels.lanes &&", "channels > 0 &&", LARGE),
+        ("channels >= kernels.lanes &&", "channels > 0 &&", SANITIZERS),
         (
             "out_row + rows.write_step < rows.write_size;",
             "out_row + rows.write_step <= rows.write_size;",
@@ -153,7 +153,7 @@ FAULTS = [
             "CopyFixed<From, To, 2>(from + i, to + i), i += 1",
             ALL,
         ),
-        ("p < spans[i].begin || p >= spans[i].end", "p >= spans[i].end", ALL),
+        ("p < spans[i].begin || p >= spans[i].end", "p >= spans[i].end", SANITIZERS),
         ("if (kBorder && !(run.lines >> l & 1)) continue;", "", LARGE),
         ("kChain = 7;", "kChain = 700;", CHAINS),
         (
