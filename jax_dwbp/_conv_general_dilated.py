@@ -4,7 +4,6 @@ one, and a context for code that does not."""
 import contextlib
 import functools
 import importlib
-import operator
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_dwbp import _rules
-from jax_dwbp._spec import DTYPES, LEFT_TO_LAX, ConvSpec, Pair, canonicalize
+from jax_dwbp._spec import DTYPES, LEFT_TO_LAX, ConvSpec, Pair, brief, canonicalize
 
 _LAX = lax.conv_general_dilated
 # Whether `in_place_of_lax` is entered, in this thread. The caches of `jit` look at it too.
@@ -193,13 +192,14 @@ def _understood(
     types = jax.typeof(lhs), jax.typeof(rhs)
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     strides, lhs_dilation, rhs_dilation = (
-        (1,) * (lhs.ndim - 2) if vector is None else tuple(map(operator.index, vector))
+        (1,) * (lhs.ndim - 2) if vector is None else _integers(vector)
         for vector in (window_strides, lhs_dilation, rhs_dilation)
     )
     if isinstance(padding, str):
         padding = padding.upper()
     else:
-        padding = [(operator.index(low), operator.index(high)) for low, high in padding]
+        padding = [(low, high) for low, high in map(_integers, padding)]
+    groups, batch_groups = _integers((feature_group_count, batch_group_count))
     return _Call(
         types,
         jnp.dtype(preferred_element_type or types[0].dtype),
@@ -210,11 +210,20 @@ def _understood(
         padding,
         lhs_dilation,
         rhs_dilation,
-        operator.index(feature_group_count),
-        operator.index(batch_group_count),
+        groups,
+        batch_groups,
         precision,
         out_sharding,
     )
+
+
+def _integers(values: Any) -> tuple[int, ...]:
+    """Of the kinds that lax takes."""
+    if not isinstance(values, tuple | list | np.ndarray) or not all(
+        isinstance(value, int | np.integer) for value in values
+    ):
+        raise TypeError(f"{brief(values)} is no vector of integers")
+    return tuple(map(int, values))
 
 
 def _why_not(call: _Call) -> str | None:

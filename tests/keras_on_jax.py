@@ -37,7 +37,7 @@ def losses():
 with_lax, _ = losses()
 with jax_dwbp.in_place_of_lax():
     here, model = losses()
-    ops = jax_dwbp.implementations(lambda x: model(x), images)
-assert len(ops) == 3, ops
+    ops = [op.op for op in jax_dwbp.implementations(lambda x: model(x), images)]
+assert ops.count("forward") == 3, ops
 np.testing.assert_allclose(here, with_lax, rtol=1e-4)
 assert with_lax[-1] < with_lax[0]

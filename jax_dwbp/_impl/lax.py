@@ -141,7 +141,8 @@ def _conv(
     for axis, ((low, high), step) in enumerate(zip(padding, lhs_dilation, strict=True), 1):
         before, after = (-(min(pad, 0) // step) for pad in (low, high))
         if before + after >= lhs.shape[axis]:  # the windows see nothing but padding
-            return jnp.zeros(jax.eval_shape(conv, lhs, padding=padding).shape, lhs.dtype)
+            result = jax.eval_shape(functools.partial(conv, padding=padding), lhs)
+            return jnp.zeros(result.shape, lhs.dtype)
         cut = lax.slice_in_dim(cut, before, lhs.shape[axis] - after, axis=axis)
         pads.append((low + before * step, high + after * step))
     return conv(cut, padding=pads).astype(lhs.dtype)
