@@ -363,6 +363,7 @@ def test_long_sums_are_of_short_chains(op):
     assert np.sqrt(np.mean(error**2) / np.mean(want**2)) < 4 * 2**-24
 
 
+@compiled
 def test_long_sums_of_many_rows_are_of_short_chains():
     """In the filter gradient, where there are channels enough for all tasks."""
     case = Case("many_rows", (1, 4096, 1, 2048), (1, 1, 2048, 1))
