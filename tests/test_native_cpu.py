@@ -364,12 +364,26 @@ def test_long_sums_are_of_short_chains(op):
 
 
 @compiled
+@every_op
+def test_dilated_rows_of_whole_lines(op):
+    """Two rows of a result are summed together where they meet the same rows, and only there."""
+    for dilation in (1, 2, 3):
+        case = Case("lines", (1, 12, 11, 32), (3, 3, 32, 1), dilations=(dilation, dilation))
+        a, b = case.operands(op)
+        got = case.run(op, a, b, implementation="native_cpu")
+        case.check(op, got, case.expected(op, a, b), "float32")
+
+
+@compiled
 def test_long_sums_of_many_rows_are_of_short_chains():
-    """In the filter gradient, where there are channels enough for all tasks."""
-    case = Case("many_rows", (1, 4096, 1, 2048), (1, 1, 2048, 1))
-    a, b = case.operands("filter_grad")
-    want = np.einsum("nhwc,nhwc->c", a, b, dtype=np.float64).reshape(case.filter)
-    error = np.asarray(case.run("filter_grad", a, b, implementation="native_cpu")) - want
+    """In the filter gradient of problems enough that each is one task."""
+    case = Case("many_rows", (1, 4096, 1, 16), (1, 1, 16, 1))
+    a, b = map(
+        np.stack, zip(*(case.operands("filter_grad", seed=i) for i in range(32)), strict=True)
+    )
+    run = jax.vmap(functools.partial(case.run, "filter_grad", implementation="native_cpu"))
+    want = np.einsum("gnhwc,gnhwc->gc", a, b, dtype=np.float64).reshape(32, *case.filter)
+    error = np.asarray(run(a, b)) - want
     assert np.sqrt(np.mean(error**2) / np.mean(want**2)) < 4 * 2**-24
 
 
