@@ -67,14 +67,13 @@ def conv_general_dilated(
     if isinstance(call, str):
         with jax.named_scope(f"{LEFT_TO_LAX}{call}"):
             return _LAX(lhs, rhs, *arguments)
-    spec = call.spec
+    spec, dtype, numbers, crop = call
     lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
-    dtype = compute_dtype = jnp.dtype(preferred_element_type or lhs.dtype)
+    compute_dtype = dtype
     if dtype != lhs.dtype:
         compute_dtype = max(dtype, jnp.dtype("float32"), key=lambda dtype: dtype.itemsize)
 
     # Ours is [N,H,W,C] by [R,S,C,M], or [N,C,H,W] where that is lax's layout already.
-    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     x, y_axes = lhs, None
     if spec.data_format == "NHWC":
         n, c, *spatial = numbers.lhs_spec
@@ -85,8 +84,8 @@ def conv_general_dilated(
     f = lax.transpose(rhs, (*window, i, o))
     if lhs.ndim == 3:
         x = lax.expand_dims(x, (1,))
-    if any(pad for pads in call.crop for pad in pads):
-        none, axes = [(0, 0, 0)], [(*pads, 0) for pads in call.crop]
+    if any(pad for pads in crop for pad in pads):
+        none, axes = [(0, 0, 0)], [(*pads, 0) for pads in crop]
         config = none + axes + none if spec.data_format == "NHWC" else none * 2 + axes
         x = lax.pad(x, jnp.zeros((), x.dtype), config)
     y = _rules.apply(
@@ -141,6 +140,8 @@ def _install() -> None:
 
 class _Depthwise(NamedTuple):
     spec: ConvSpec
+    dtype: Any  # of the result
+    numbers: Any
     crop: list[Pair]  # what negative padding takes off the height and the width, as pads
 
 
@@ -234,25 +235,26 @@ def _why_not(call: _Call) -> str | None:
     vectors = [call.strides, call.lhs_dilation, call.rhs_dilation]
     vectors += [] if isinstance(call.padding, str) else [call.padding]
     dtypes = (*(x.dtype for x in call.types), call.dtype)
+    # Written out where one applies: this is asked at every call.
     reasons = {
-        f"one or two spatial dimensions are depthwise here, not {rank}": rank not in (1, 2),
-        f"feature_group_count is {call.groups} of {channels} channels": (
+        "one or two spatial dimensions are depthwise here, not {rank}": rank not in (1, 2),
+        "feature_group_count is {call.groups} of {channels} channels": (
             call.groups != channels or group != 1
         ),
         "one channel is an ordinary convolution": channels == 1,
-        f"batch_group_count is {call.batch_groups}": call.batch_groups != 1,
-        f"{channels} channels do not divide {features} features": (
+        "batch_group_count is {call.batch_groups}": call.batch_groups != 1,
+        "{channels} channels do not divide {features} features": (
             not channels or features % channels
         ),
         "a size is 0 or symbolic": not all(
             type(size) is int and size > 0 for size in (*spatial, *call.rhs)
         ),
-        f"not all attributes have {rank} entries": any(len(vector) != rank for vector in vectors),
-        f"lhs_dilation is {call.lhs_dilation}": any(step != 1 for step in call.lhs_dilation),
-        f"padding is {call.padding!r}": (
+        "not all attributes have {rank} entries": any(len(vector) != rank for vector in vectors),
+        "lhs_dilation is {call.lhs_dilation}": any(step != 1 for step in call.lhs_dilation),
+        "padding is {call.padding!r}": (
             isinstance(call.padding, str) and call.padding not in ("SAME", "SAME_LOWER", "VALID")
         ),
-        f"dtypes are {', '.join(map(str, dtypes))}": (
+        "dtypes are {dtypes}": (
             dtypes[0] != dtypes[1]
             or not {dtype.name for dtype in dtypes} <= set(DTYPES)
             or dtypes[0].itemsize > call.dtype.itemsize
@@ -276,7 +278,16 @@ def _why_not(call: _Call) -> str | None:
             or (call.is_explicit and call.types[0].sharding.spec[call.numbers.lhs_spec[1]])
         ),
     }
-    return next((reason for reason, applies in reasons.items() if applies), None)
+    for reason, applies in reasons.items():
+        if applies:
+            return reason.format(
+                call=call,
+                rank=rank,
+                channels=channels,
+                features=features,
+                dtypes=", ".join(map(str, dtypes)),
+            )
+    return None
 
 
 def _canonicalized(call: _Call) -> _Depthwise | str:
@@ -316,4 +327,8 @@ def _canonicalized(call: _Call) -> _Depthwise | str:
         )
     except ValueError as error:  # sizes beyond what the ops take, a precision that is none
         return str(error)
-    return "the output is empty" if 0 in spec.out_spatial else _Depthwise(spec, crop)
+    return (
+        "the output is empty"
+        if 0 in spec.out_spatial
+        else _Depthwise(spec, call.dtype, call.numbers, crop)
+    )
