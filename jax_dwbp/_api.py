@@ -10,10 +10,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 from jax.typing import ArrayLike
 
-from jax_dwbp import _compat, _dispatch, _rules
-from jax_dwbp._spec import DTYPES, ConvSpec, Op, brief, canonicalize, check_dtype, check_same_dtype
+from jax_dwbp import _compat, _rules, _select
+from jax_dwbp._compat import Target
+from jax_dwbp._spec import (
+    DTYPES,
+    FILTER_GRAD,
+    FORWARD,
+    INPUT_GRAD,
+    Arguments,
+    Op,
+    brief,
+    canonicalize,
+    check_dtype,
+    check_same_dtype,
+)
 
 Precision = str | jax.lax.Precision | tuple[str, str] | None
 
@@ -85,20 +98,19 @@ def depthwise_conv2d_native(
            [6., 4.]], dtype=float32)
     """
     input, filter = _operands(input=input, filter=filter)
-    spec = canonicalize(
-        "forward",
-        input.shape,
-        filter.shape,
-        None,
-        strides,
-        padding,
-        explicit_paddings,
-        data_format,
-        dilations,
-        precision,
-        implementation,
+    given = Arguments(
+        input=input.shape,
+        filter=filter.shape,
+        out_backprop=None,
+        strides=strides,
+        padding=padding,
+        explicit_paddings=explicit_paddings,
+        data_format=data_format,
+        dilations=dilations,
+        precision=precision,
+        implementation=implementation,
     )
-    return _apply("forward", spec, input, filter, name, forward_mode)
+    return _apply(FORWARD, given, input, filter, name, forward_mode)
 
 
 def depthwise_conv2d_native_backprop_input(
@@ -148,20 +160,19 @@ def depthwise_conv2d_native_backprop_input(
            [1., 1., 2., 1.]], dtype=float32)
     """
     filter, out_backprop = _operands(filter=filter, out_backprop=out_backprop)
-    spec = canonicalize(
-        "input_grad",
-        input_sizes,
-        filter.shape,
-        out_backprop.shape,
-        strides,
-        padding,
-        explicit_paddings,
-        data_format,
-        dilations,
-        precision,
-        implementation,
+    given = Arguments(
+        input=input_sizes,
+        filter=filter.shape,
+        out_backprop=out_backprop.shape,
+        strides=strides,
+        padding=padding,
+        explicit_paddings=explicit_paddings,
+        data_format=data_format,
+        dilations=dilations,
+        precision=precision,
+        implementation=implementation,
     )
-    return _apply("input_grad", spec, filter, out_backprop, name, forward_mode)
+    return _apply(INPUT_GRAD, given, filter, out_backprop, name, forward_mode)
 
 
 def depthwise_conv2d_native_backprop_filter(
@@ -209,20 +220,19 @@ def depthwise_conv2d_native_backprop_filter(
            [2., 2., 1.]], dtype=float32)
     """
     input, out_backprop = _operands(input=input, out_backprop=out_backprop)
-    spec = canonicalize(
-        "filter_grad",
-        input.shape,
-        filter_sizes,
-        out_backprop.shape,
-        strides,
-        padding,
-        explicit_paddings,
-        data_format,
-        dilations,
-        precision,
-        implementation,
+    given = Arguments(
+        input=input.shape,
+        filter=filter_sizes,
+        out_backprop=out_backprop.shape,
+        strides=strides,
+        padding=padding,
+        explicit_paddings=explicit_paddings,
+        data_format=data_format,
+        dilations=dilations,
+        precision=precision,
+        implementation=implementation,
     )
-    return _apply("filter_grad", spec, input, out_backprop, name, forward_mode)
+    return _apply(FILTER_GRAD, given, input, out_backprop, name, forward_mode)
 
 
 class Selection(NamedTuple):
@@ -234,21 +244,26 @@ class Selection(NamedTuple):
 
 
 def implementations(
-    fun: Callable, *args: Any, platform: str | None = None, **kwargs: Any
+    fun: Callable,
+    *args: Any,
+    platform: str | None = None,
+    exported: bool = False,
+    **kwargs: Any,
 ) -> list[Selection]:
     """Tells which implementation runs for each depthwise convolution in `fun(*args, **kwargs)`.
 
     Nothing is run: `fun`, one of the functions of this package or any function that calls them, its
-    gradient included, is traced for the shapes of its arguments. The answer is that for one device:
-    of a sharded program each device decides by its part, and what is exported leaves out native_cpu
-    and pallas_gpu. Where an operand or the result is empty nobody has a reason: it is zeros, by
-    whatever name and on any platform.
+    gradient included, is traced for the shapes of its arguments. Of a sharded program the answer is
+    that for whole arrays, though each device decides by its part. Where an operand or the result is
+    empty nobody has a reason: it is zeros, by whatever name and on any platform.
 
     Args:
       fun: the function.
       *args: its arguments. `jax.ShapeDtypeStruct` and arrays of floats, also in containers, are
         traced. Vectors, which may be sizes, and anything else are passed on as they are.
       platform: "cpu", "cuda", "rocm" or "tpu"; by default that of `jax.default_backend()`.
+      exported: whether it is for `jax.export`, which leaves out native_cpu and pallas_gpu, but
+        where they are asked for by name.
       **kwargs: its keyword arguments, likewise.
 
     Returns:
@@ -267,11 +282,13 @@ def implementations(
         raise TypeError(f"`fun` must be a function, got {brief(fun)}")
     if platform is None:
         platform = _compat.default_platform()
-        platform = platform if platform in _dispatch.PLATFORMS else _dispatch.OTHER
-    elif not isinstance(platform, str) or platform not in _dispatch.PLATFORMS:
+        platform = platform if platform in _select.PLATFORMS else _select.OTHER
+    elif not isinstance(platform, str) or platform not in _select.PLATFORMS:
         raise ValueError(
-            f"`platform` must be one of {', '.join(_dispatch.PLATFORMS)}, got {brief(platform)}"
+            f"`platform` must be one of {', '.join(_select.PLATFORMS)}, got {brief(platform)}"
         )
+    if not isinstance(exported, bool):
+        raise TypeError(f"`exported` must be True or False, got {brief(exported)}")
     leaves, tree = jax.tree.flatten((args, kwargs))
     traced = [
         isinstance(leaf, jax.ShapeDtypeStruct)
@@ -290,12 +307,22 @@ def implementations(
         return fun(*full_args, **full_kwargs)
 
     arrays = [x for x, t in zip(leaves, traced, strict=True) if t]
-    return [
-        Selection("conv_general_dilated", "lax", {"jax_dwbp": found, "lax": None})
-        if isinstance(found, str)
-        else Selection(found[0], *_dispatch.explain(found[0], found[1], platform, *found[2:]))
-        for found in _rules.ops_in(call, arrays)
-    ]
+    selections = []
+    for found in _rules.ops_in(call, arrays):
+        if isinstance(found, str):
+            reasons: dict[str, str | None] = {"jax_dwbp": found, "lax": None}
+            selections.append(Selection("conv_general_dilated", "lax", reasons))
+        else:
+            op, spec, a, b = found
+            target = Target(platform, _is_partly_manual(a.sharding.mesh), exported)
+            selections.append(Selection(op.name, *_select.explain(op, spec, target, a, b)))
+    return selections
+
+
+def _is_partly_manual(mesh: Any) -> bool:
+    """Is it that of a `shard_map` that leaves axes to XLA?"""
+    kinds = {kind for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True) if size > 1}
+    return AxisType.Manual in mesh.axis_types and bool(kinds - {AxisType.Manual})
 
 
 def _operands(**operands: Any) -> list[jax.Array]:
@@ -338,10 +365,11 @@ def _as_array(name: str, value: Any) -> Any:
 
 
 def _apply(
-    op: Op, spec: ConvSpec, a: jax.Array, b: jax.Array, name: Any, forward_mode: Any
+    op: Op, given: Arguments, a: jax.Array, b: jax.Array, name: Any, forward_mode: Any
 ) -> jax.Array:
+    spec = canonicalize(op, given)
     if spec.implementation is not None:
-        _dispatch.select(op, spec, None, a, b)  # what no platform can do is refused here
+        _select.selected(op, spec, Target(None), a, b)  # what no platform can do is refused here
     if not isinstance(forward_mode, bool):
         raise TypeError(f"`forward_mode` must be True or False, got {brief(forward_mode)}")
     if name is not None and not isinstance(name, str):

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import core
@@ -32,27 +32,35 @@ def is_deleted(x: jax.Array) -> bool:
     return not isinstance(x, core.Tracer) and x.is_deleted()
 
 
-def is_partitioned(ctx: Any) -> bool:
-    """Whether XLA divides the program among devices. It does not if there is one, nor if a
-    `shard_map` has all axes of the mesh in its hands that divide anything."""
-    axes = ctx.module_context.axis_context
+class Target(NamedTuple):
+    """What an op is lowered for, as far as it is known."""
+
+    platform: str | None  # by the names that lowering rules are registered for; None is any
+    partitioned: bool = False  # XLA divides the program among devices
+    exported: bool = False  # it has to run where this package is not installed, and later
+    # Of the devices that XLA divides it among, at least one, or why it can't be over a mesh.
+    meshes: tuple[AbstractMesh, ...] | str = ()
+
+
+def target_of(ctx: Any, platform: str) -> Target:
+    partitioned = _is_partitioned(ctx.module_context.axis_context)
+    exported = ctx.module_context.lowering_parameters.for_export
+    meshes = _meshes_of(ctx) if partitioned and not exported else ()
+    return Target(platform, partitioned, exported, meshes)
+
+
+def _is_partitioned(axes: Any) -> bool:
+    """Not if there is one device, nor if a `shard_map` has all axes of the mesh in its hands that
+    divide anything."""
     if hasattr(axes, "manual_axes"):
         sizes = axes.mesh.shape.items()
         return any(size > 1 for name, size in sizes if name not in axes.manual_axes)
     return getattr(axes, "num_devices", 1) != 1
 
 
-def is_exported(ctx: Any) -> bool:
-    return ctx.module_context.lowering_parameters.for_export
-
-
-def meshes_of(ctx: Any) -> list[AbstractMesh] | str:
-    """The meshes of the devices that XLA divides the program among, at least one, or why it can't
-    be divided over a mesh.
-
-    They are those of the types of the operands, of the shardings of the program's own arguments and
-    results, or of the context: of the first of these that have any.
-    """
+def _meshes_of(ctx: Any) -> tuple[AbstractMesh, ...] | str:
+    """Those of the types of the operands, of the shardings of the program's own arguments and
+    results, or of the context: of the first of these that have any."""
     if not getattr(jax.config, "jax_use_shardy_partitioner", True):
         return "by GSPMD and not by Shardy"
     axes = ctx.module_context.axis_context
@@ -68,7 +76,7 @@ def meshes_of(ctx: Any) -> list[AbstractMesh] | str:
     for place in places:
         meshes = [mesh for mesh in place() if not mesh.empty and mesh.size == axes.num_devices]
         if meshes:
-            return meshes
+            return tuple(meshes)
     return (
         "and no mesh of them was found: give the operands, or `jax.jit`, shardings of the kind "
         "`jax.sharding.NamedSharding`"

@@ -3,7 +3,6 @@ one, and a context for code that does not."""
 
 import contextlib
 import functools
-import importlib
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +14,16 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_dwbp import _rules
-from jax_dwbp._spec import DTYPES, LEFT_TO_LAX, ConvSpec, Pair, brief, canonicalize
+from jax_dwbp._spec import (
+    DTYPES,
+    FORWARD,
+    LEFT_TO_LAX,
+    Arguments,
+    ConvSpec,
+    Pair,
+    brief,
+    canonicalize,
+)
 
 _LAX = lax.conv_general_dilated
 # Whether `in_place_of_lax` is entered, in this thread. The caches of `jit` look at it too.
@@ -91,7 +99,7 @@ def conv_general_dilated(
     y = _rules.apply(
         x.astype(compute_dtype),
         f.astype(compute_dtype).reshape(*spec.kernel_spatial, spec.channels, spec.multiplier),
-        op="forward",
+        op=FORWARD,
         spec=spec,
         forward_mode=True,
     ).astype(dtype)
@@ -115,8 +123,6 @@ def in_place_of_lax() -> Iterator[None]:
     >>> with in_place_of_lax():
     ...     y = jax.lax.conv_general_dilated(x, f, (1, 1), "SAME", feature_group_count=4)
     """
-    # It calls lax's own, which it has to find first.
-    importlib.import_module("jax_dwbp._impl.lax")
     _install()
     with _in_place(True):
         yield
@@ -311,20 +317,18 @@ def _canonicalized(call: _Call) -> _Depthwise | str:
         if call.is_explicit and any(pad for pads in crop for pad in pads):
             return "negative padding crops an input with explicit sharding"
     channels_first = call.numbers.lhs_spec == call.numbers.out_spec == (0, 1, 2, 3)
+    given = Arguments(
+        input=(n, channels, *spatial) if channels_first else (n, *spatial, channels),
+        filter=(*window, channels, features // channels),
+        out_backprop=None,
+        strides=strides,
+        padding=padding,
+        data_format="NCHW" if channels_first else "NHWC",
+        dilations=dilation,
+        precision=call.precision,
+    )
     try:
-        spec = canonicalize(
-            "forward",
-            (n, channels, *spatial) if channels_first else (n, *spatial, channels),
-            (*window, channels, features // channels),
-            None,
-            strides,
-            padding,
-            (),
-            "NCHW" if channels_first else "NHWC",
-            dilation,
-            call.precision,
-            None,
-        )
+        spec = canonicalize(FORWARD, given)
     except ValueError as error:  # sizes beyond what the ops take, a precision that is none
         return str(error)
     return (

@@ -27,25 +27,24 @@ import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_dwbp import _compat, _dispatch
-from jax_dwbp._spec import OPERANDS, RESULTS, ConvSpec, Op
+from jax_dwbp import _compat, _select
+from jax_dwbp._compat import Target
+from jax_dwbp._spec import FILTER_GRAD, INPUT_GRAD, ConvSpec, Op, SpatialAxis
 
 AnyMesh = Mesh | AbstractMesh
 
-# The operand of which a part of the result needs more than the same part.
-_SOURCES = {"forward": "x", "input_grad": "dy", "filter_grad": "x"}
 # The factor that is divided with each axis; the others are not divided.
 _FACTORS = {"g": "g", "n": "n", "h": "p", "w": "q", "p": "p", "q": "q", "c": "c", "k": "c"}
 
 
-def run(op: Op, spec: ConvSpec, platform: str | None, a: jax.Array, b: jax.Array) -> jax.Array:
-    """`_dispatch.run` in a program that XLA divides among several devices of one mesh."""
+def run(op: Op, spec: ConvSpec, target: Target, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`_select.run` in a program that XLA divides among several devices of one mesh."""
 
     def whole(a, b):
-        return _dispatch.run(op, spec, platform, _dispatch.Program(partitioned=True), a, b)
+        return _select.run(op, spec, target, a, b)
 
     def part(spec, a, b):
-        return _dispatch.run(op, spec, platform, _dispatch.Program(), a, b)
+        return _select.run(op, spec, Target(target.platform), a, b)
 
     axes = _all_axes(op, spec, a, b)
 
@@ -119,7 +118,7 @@ def explicit(op: Op, spec: ConvSpec, part: Callable, a: jax.Array, b: jax.Array)
 def _all_axes(op: Op, spec: ConvSpec, a: jax.Array, b: jax.Array) -> dict[str, str]:
     """Those of the two operands and of the result."""
     result = len(spec.result_shape(op, a.shape, b.shape))
-    arrays = zip((*OPERANDS[op], RESULTS[op]), (a.ndim, b.ndim, result), strict=True)
+    arrays = zip((*op.operands, op.result), (a.ndim, b.ndim, result), strict=True)
     return {name: _axes(name, ndim, spec) for name, ndim in arrays}
 
 
@@ -147,11 +146,10 @@ def _rule(op: Op, spec: ConvSpec, axes: dict[str, str]) -> Callable[..., tuple[s
         lanes = "(c m)" if divisible and spec.channels > 1 else "k"
         factors["k"] = "c" if spec.multiplier == 1 else lanes
         sizes = {}
-        for (size, _, out, stride, _, _), source, target, rest in zip(
-            spec.axes(), "hw", "pq", "uv", strict=True
-        ):
+        for axis, source, target, rest in zip(spec.axes, "hw", "pq", "uv", strict=True):
             factors[target] = factors[source] = target
-            if size != out * stride or (stride > 1 and (out == 1 or not divisible)):
+            stride = axis.stride
+            if axis.size != axis.out * stride or (stride > 1 and (axis.out == 1 or not divisible)):
                 factors[source] = source  # parts of the two are not alike
             elif stride > 1:
                 factors[source] = f"({target} {rest})"
@@ -160,7 +158,7 @@ def _rule(op: Op, spec: ConvSpec, axes: dict[str, str]) -> Callable[..., tuple[s
         # In the order in which they first appear, as Shardy has them.
         present = dict.fromkeys(factor for factor in " ".join(terms) if factor.isalpha())
         return f"{terms[0]}, {terms[1]} -> {terms[2]}", {
-            "reduction_factors": tuple(f for f in present if f in "npq" and op == "filter_grad"),
+            "reduction_factors": tuple(f for f in present if f in "npq" and op is FILTER_GRAD),
             "need_replication_factors": tuple(f for f in present if f in "rsmuv"),
             **sizes,
         }
@@ -184,7 +182,7 @@ def _divided(
             parts = _parts(mesh, mesh_axes)
             if factor == "c" and spec.channels % parts:
                 continue
-            if factor in "pq" and _Window.of(op, spec, "pq".index(factor), parts) is None:
+            if factor in "pq" and _Window.of(op, spec.axes["pq".index(factor)], parts) is None:
                 continue
             divided[factor] = mesh_axes
     return divided
@@ -208,16 +206,15 @@ class _Window(NamedTuple):
     count: int
     skipped: list[int]
     rows: int  # of the result, or 0 if it is not divided
-    axis: tuple[int, int, tuple[int, int]]  # H, P and padding of what a part computes
+    axis: SpatialAxis  # what a part computes
 
     @classmethod
-    def of(cls, op: Op, spec: ConvSpec, axis: int, parts: int) -> "_Window | None":
+    def of(cls, op: Op, axis: SpatialAxis, parts: int) -> "_Window | None":
         """None if the axis can't be divided into so many parts."""
-        size, kernel, out, stride, (low, _), dilation = spec.axes()[axis]
+        size, out, stride, reach, (low, _) = axis.size, axis.out, axis.stride, axis.reach, axis.pads
         if size % parts or out % parts:
             return None
-        reach = (kernel - 1) * dilation
-        if op == "input_grad":
+        if op is INPUT_GRAD:
             rows, owned, total = size // parts, out // parts, out
             # Every part starts at the same phase, so that one program serves all of them.
             firsts = [part * rows // stride * stride for part in range(parts)]
@@ -227,13 +224,13 @@ class _Window(NamedTuple):
             low -= stride * ((low - reach) // stride)
             count = (low + computed - 1) // stride + 1
             high = max(0, (count - 1) * stride + reach + 1 - computed - low)
-            local = (computed, count, (low, high))
+            local = axis._replace(size=computed, out=count, pads=(low, high))
         else:
             rows, owned, total = out // parts, size // parts, size
             starts = [part * rows * stride - low for part in range(parts)]
             count = (rows - 1) * stride + reach + 1
             skipped = [0] * parts
-            local = (count, rows, (0, 0))
+            local = axis._replace(size=count, out=rows, pads=(0, 0))
         ends = [min(start + count, total) for start in starts]
         left = max(part * owned - max(start, 0) for part, start in enumerate(starts))
         right = max(end - (part + 1) * owned for part, end in enumerate(ends))
@@ -287,36 +284,33 @@ def _local(
     b: jax.Array,
 ) -> jax.Array:
     """The part of the result that a device has, from its parts of the operands."""
-    operands = dict(zip(OPERANDS[op], (a, b), strict=True))
-    source = _SOURCES[op]
+    operands = dict(zip(op.operands, (a, b), strict=True))
     windows = {}
-    geometry = list(zip(spec.in_spatial, spec.out_spatial, spec.padding, strict=True))
+    spatial_axes = list(spec.axes)
     for i, factor in enumerate("pq"):
         if factor not in divided:
             continue
-        window = _Window.of(op, spec, i, _parts(mesh, divided[factor]))
+        window = _Window.of(op, spec.axes[i], _parts(mesh, divided[factor]))
         assert window is not None  # or it would not be divided
-        windows[factor], geometry[i] = window, window.axis
+        windows[factor], spatial_axes[i] = window, window.axis
+        source = op.source
         position = axes[source].index("hw"[i] if source == "x" else factor)
         operands[source] = window.read(operands[source], position, divided[factor], mesh)
-    in_spatial, out_spatial, padding = zip(*geometry, strict=True)
     spec = dataclasses.replace(
         spec,
         channels=spec.channels // _parts(mesh, divided.get("c", ())),
-        in_spatial=in_spatial,
-        out_spatial=out_spatial,
-        padding=padding,
+        axes=tuple(spatial_axes),
     )
     summed = [axis for factor in "npq" for axis in divided.get(factor, ())]
     dtype = a.dtype
-    if op == "filter_grad" and summed and dtype.itemsize < 4:
+    if op is FILTER_GRAD and summed and dtype.itemsize < 4:
         # So that the sum of the devices is rounded once.
         operands = {name: x.astype("float32") for name, x in operands.items()}
     result = part(spec, *operands.values())
-    if op == "filter_grad":
+    if op is FILTER_GRAD:
         return (lax.psum(result, tuple(summed)) if summed else result).astype(dtype)
     for factor, window in windows.items():
-        target = RESULTS[op]
+        target = op.result
         position = axes[target].index({"p": "h", "q": "w"}[factor] if target == "x" else factor)
         result = _slice(result, position, divided[factor], window.skipped, window.rows)
     return result

@@ -39,13 +39,14 @@ from jax.extend.core import Primitive, jaxprs_in_params
 from jax.interpreters import ad, batching, mlir, partial_eval
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
-from jax_dwbp import _compat, _dispatch, _partition
-from jax_dwbp._impl import interpreted
-from jax_dwbp._spec import LEFT_TO_LAX, OP_NAMES, OPERANDS, PRECISIONS, RESULTS, ConvSpec, Op
+from jax_dwbp import _compat, _partition, _select
+from jax_dwbp._compat import Target
+from jax_dwbp._impl import interpret
+from jax_dwbp._spec import LEFT_TO_LAX, OPS, PRECISIONS, ConvSpec, Op
 from jax_dwbp._version import sources
 
 # The op that leaves out each argument of T.
-_LEAVES_OUT: dict[str, Op] = {argument: op for op, argument in RESULTS.items()}
+_LEAVES_OUT = {op.result: op for op in OPS.values()}
 
 
 def apply(a: jax.Array, b: jax.Array, *, op: Op, spec: ConvSpec, forward_mode: bool) -> jax.Array:
@@ -78,10 +79,12 @@ def _resharded(x: jax.Array) -> jax.Array:
 
 
 def _apply(a: jax.Array, b: jax.Array, *, op: Op, spec: ConvSpec, forward_mode: bool) -> jax.Array:
-    if spec.precision is None:
-        # lax reads this when a conv is called; by the time ours is lowered it may have changed.
+    # These are read when an op is called; by the time it is lowered they may have changed.
+    precision = spec.precision
+    if precision is None:
         default = jax.config.jax_default_matmul_precision  # pyright: ignore
-        spec = dataclasses.replace(spec, precision=PRECISIONS.get(str(default).lower()))
+        precision = PRECISIONS.get(str(default).lower())
+    spec = dataclasses.replace(spec, precision=precision, interpret=interpret.value)
     a, b = _same_varying_axes(a, b)
     return (_bind if forward_mode else _reverse_mode)(op, spec, a, b)
 
@@ -96,7 +99,7 @@ def _jitted(name: str) -> Callable[..., jax.Array]:
     return jax.jit(function, static_argnames=("op", "spec", "forward_mode"))
 
 
-_applied = {op: _jitted(name) for op, name in OP_NAMES.items()}
+_applied = {op: _jitted(op.function) for op in OPS.values()}
 
 
 @functools.partial(jax.jit, static_argnames=("op", "spec", "forward_mode"))
@@ -149,9 +152,9 @@ def _cotangent(u: Any, a: Any, b: Any, *, index: int, op: Op, spec: ConvSpec) ->
     if operand.aval.ndim < u.ndim:
         # A filter that problems share has the gradient of one problem with the images of all.
         u, other = (_join(u), _join(other))
-    known = {OPERANDS[op][1 - index]: other, RESULTS[op]: u}
-    derivative = _LEAVES_OUT[OPERANDS[op][index]]
-    return _bind(derivative, spec, *(known[name] for name in OPERANDS[derivative]))
+    known = {op.operands[1 - index]: other, op.result: u}
+    derivative = _LEAVES_OUT[op.operands[index]]
+    return _bind(derivative, spec, *(known[name] for name in derivative.operands))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -199,7 +202,7 @@ def _batch(operands, dims, *, op, spec):
     ]
     mapped = operands[dims[0] is None]
     ranks = [operand.ndim for operand in operands]
-    shared = ("f", None, 4) in zip(OPERANDS[op], dims, ranks, strict=True)
+    shared = ("f", None, 4) in zip(op.operands, dims, ranks, strict=True)
     if not shared:
         operands = [
             _repeated(operand, mapped) if dim is None else operand
@@ -252,48 +255,44 @@ def _reshaped(x: Any, shape: tuple[int, ...], spec: tuple[Any, ...]) -> Any:
 
 
 def _lower(ctx, a, b, *, op, spec, platform):
-    partitioned, exported = _compat.is_partitioned(ctx), _compat.is_exported(ctx)
+    target = _compat.target_of(ctx, platform)
     with contextlib.ExitStack() as contexts:
         if ctx.avals_in[0].dtype.itemsize == 8:
             # Where this is lowered float64 may be off, though it was on where the op was called.
             contexts.enter_context(jax.enable_x64(True))
-        if partitioned and not exported:
-            lowered = _lower_partitioned(ctx, a, b, op, spec, platform)
+        if target.partitioned and not target.exported:
+            lowered = _lower_partitioned(ctx, a, b, op, spec, target)
             if not isinstance(lowered, str):
                 return lowered
-            _warn_of_lost_kernel(lowered, op, spec, platform, *ctx.avals_in)
+            _warn_of_lost_kernel(lowered, op, spec, target, *ctx.avals_in)
         # The implementations know nothing of the mesh of a `shard_map` around them.
         ctx = ctx.replace(avals_in=[ShapedArray(x.shape, x.dtype) for x in ctx.avals_in])
         contexts.enter_context(use_abstract_mesh(AbstractMesh((), ())))
-        program = _dispatch.Program(partitioned, exported)
-        run = functools.partial(_dispatch.run, op, spec, platform, program)
+        run = functools.partial(_select.run, op, spec, target)
         return _compat.lower(ctx, run, a, b)
 
 
-def _lower_partitioned(
-    ctx: Any, a: Any, b: Any, op: Op, spec: ConvSpec, platform: str | None
-) -> Any:
+def _lower_partitioned(ctx: Any, a: Any, b: Any, op: Op, spec: ConvSpec, target: Target) -> Any:
     """What XLA divides by the rules of `_partition`, or why it can't."""
-    meshes = _compat.meshes_of(ctx)
-    if isinstance(meshes, str):
-        return meshes
-    mesh, *others = (_partition.fine_mesh(mesh) for mesh in meshes)
+    if isinstance(target.meshes, str):
+        return target.meshes
+    mesh, *others = (_partition.fine_mesh(mesh) for mesh in target.meshes)
     if any(other.axis_sizes != mesh.axis_sizes for other in others):
         return "and by meshes that cut them differently"
-    _, reasons = _dispatch.explain(op, spec, platform, *ctx.avals_in)
+    device = Target(target.platform)
+    _, reasons = _select.explain(op, spec, device, *ctx.avals_in)
     able = [name for name, reason in reasons.items() if reason is None]
-    content = f"{sources()} {op} {spec} {platform} {ctx.avals_in} {able} {interpreted()}"
-    run = functools.partial(_partition.run, op, spec, platform)
+    content = f"{sources()} {op} {spec} {target.platform} {ctx.avals_in} {able}"
+    run = functools.partial(_partition.run, op, spec, target)
     return _compat.lower_partitioned(ctx, run, mesh, content, a, b)
 
 
 def _warn_of_lost_kernel(
-    reason: str, op: Op, spec: ConvSpec, platform: str | None, a: Any, b: Any
+    reason: str, op: Op, spec: ConvSpec, target: Target, a: Any, b: Any
 ) -> None:
     """If XLA now does without the kernel that each device would have run."""
     alone, divided = (
-        _dispatch.select(op, spec, platform, a, b, _dispatch.Program(partitioned=partitioned))
-        for partitioned in (False, True)
+        _select.selected(op, spec, t, a, b).name for t in (Target(target.platform), target)
     )
     if alone != divided:
         warnings.warn(
@@ -311,8 +310,8 @@ ad.defbilinear(
     functools.partial(_cotangent, index=1),
 )
 # What is registered for no platform is for any other.
-mlir.register_lowering(_primitive, functools.partial(_lower, platform=_dispatch.OTHER))
-for _platform in _dispatch.PLATFORMS:
+mlir.register_lowering(_primitive, functools.partial(_lower, platform=_select.OTHER))
+for _platform in _select.PLATFORMS:
     mlir.register_lowering(
         _primitive, functools.partial(_lower, platform=_platform), platform=_platform
     )

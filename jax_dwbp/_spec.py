@@ -14,35 +14,56 @@ import math
 import operator
 import reprlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-Op = Literal["forward", "input_grad", "filter_grad"]
 Pair = tuple[int, int]
-
-# The names of the public functions.
-OP_NAMES: dict[Op, str] = {
-    "forward": "depthwise_conv2d_native",
-    "input_grad": "depthwise_conv2d_native_backprop_input",
-    "filter_grad": "depthwise_conv2d_native_backprop_filter",
-}
-# The operands of each op, in the order in which all of the package passes them.
-OPERANDS: dict[Op, tuple[str, str]] = {
-    "forward": ("x", "f"),
-    "input_grad": ("f", "dy"),
-    "filter_grad": ("x", "dy"),
-}
-# And what it computes.
-RESULTS: dict[Op, str] = {"forward": "dy", "input_grad": "x", "filter_grad": "f"}
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
-# What the caller of each op calls its input, its filter and its output.
-_NAMES: dict[Op, tuple[str, str, str]] = {
-    "forward": ("input", "filter", "output"),
-    "input_grad": ("input_sizes", "filter", "out_backprop"),
-    "filter_grad": ("input", "filter_sizes", "out_backprop"),
-}
+
+class Op(NamedTuple):
+    """One of the three derivatives of the form that `_rules` is about."""
+
+    name: str
+    function: str  # the public one
+    operands: tuple[str, str]  # in the order in which all of the package passes them
+    result: str
+    source: str  # the operand of which a part of the result needs more than the same part
+    arguments: tuple[str, str, str]  # what the public function calls input, filter and output
+
+    def __str__(self) -> str:
+        return self.name
+
+    __repr__ = __str__  # in a jaxpr too
+
+
+FORWARD = Op(
+    name="forward",
+    function="depthwise_conv2d_native",
+    operands=("x", "f"),
+    result="dy",
+    source="x",
+    arguments=("input", "filter", "output"),
+)
+INPUT_GRAD = Op(
+    name="input_grad",
+    function="depthwise_conv2d_native_backprop_input",
+    operands=("f", "dy"),
+    result="x",
+    source="dy",
+    arguments=("input_sizes", "filter", "out_backprop"),
+)
+FILTER_GRAD = Op(
+    name="filter_grad",
+    function="depthwise_conv2d_native_backprop_filter",
+    operands=("x", "dy"),
+    result="f",
+    source="x",
+    arguments=("input", "filter_sizes", "out_backprop"),
+)
+OPS = {op.name: op for op in (FORWARD, INPUT_GRAD, FILTER_GRAD)}
+
 # Where data_format puts the height, the width and the channels.
 _AXES = {"NHWC": (1, 2, 3), "NCHW": (2, 3, 1)}
 # lax's precision by the names that `jax.lax.Precision` and the configuration go by.
@@ -61,43 +82,67 @@ LEFT_TO_LAX = "left to lax, "
 _INT32_MAX = 2**31 - 1
 
 
+class SpatialAxis(NamedTuple):
+    """The convolution along the height or the width."""
+
+    size: int  # H or W
+    kernel: int  # R or S
+    out: int  # P or Q
+    stride: int
+    pads: Pair  # low, high
+    dilation: int
+
+    @property
+    def reach(self) -> int:
+        """From the first tap of the filter to the last."""
+        return (self.kernel - 1) * self.dilation
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ConvSpec:
     """A depthwise convolution less its batch size and dtype: the static half of all three ops."""
 
     data_format: Literal["NHWC", "NCHW"]
-    in_spatial: Pair  # H, W
-    kernel_spatial: Pair  # R, S
-    out_spatial: Pair  # P, Q
+    axes: tuple[SpatialAxis, ...]  # height, width
     channels: int  # C
     multiplier: int  # M
-    window_strides: Pair
-    padding: tuple[Pair, Pair]
-    rhs_dilation: Pair
     precision: str | tuple[str, str] | None
     implementation: tuple[str, ...] | None  # names to try in order; None leaves the choice to us
+    interpret: bool = False  # Pallas kernels, on any platform
 
-    def axes(self) -> list[tuple[int, int, int, int, Pair, int]]:
-        """(input, filter, output, stride, padding, dilation) of the height, then of the width."""
-        return list(
-            zip(
-                self.in_spatial,
-                self.kernel_spatial,
-                self.out_spatial,
-                self.window_strides,
-                self.padding,
-                self.rhs_dilation,
-                strict=True,
-            )
-        )
+    # By the names of lax's arguments.
+
+    @property
+    def in_spatial(self) -> tuple[int, ...]:
+        return tuple(axis.size for axis in self.axes)
+
+    @property
+    def kernel_spatial(self) -> tuple[int, ...]:
+        return tuple(axis.kernel for axis in self.axes)
+
+    @property
+    def out_spatial(self) -> tuple[int, ...]:
+        return tuple(axis.out for axis in self.axes)
+
+    @property
+    def window_strides(self) -> tuple[int, ...]:
+        return tuple(axis.stride for axis in self.axes)
+
+    @property
+    def padding(self) -> tuple[Pair, ...]:
+        return tuple(axis.pads for axis in self.axes)
+
+    @property
+    def rhs_dilation(self) -> tuple[int, ...]:
+        return tuple(axis.dilation for axis in self.axes)
 
     def result_shape(
         self, op: Op, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
     ) -> tuple[int, ...]:
         """The shape of what `op` computes, with the problem axis of x or dy if they have one."""
-        if op == "filter_grad":
+        if op.result == "f":
             return (*a_shape[:-4], *self.kernel_spatial, self.channels, self.multiplier)
-        if op == "forward":
+        if op.result == "dy":
             batch, spatial, depth = a_shape[:-3], self.out_spatial, self.channels * self.multiplier
         else:
             batch, spatial, depth = b_shape[:-3], self.in_spatial, self.channels
@@ -106,85 +151,67 @@ class ConvSpec:
         return (*batch, depth, *spatial)
 
 
-def canonicalize(
-    op: Op,
-    input_sizes: Any,
-    filter_sizes: Any,
-    out_backprop_shape: tuple[Any, ...] | None,
-    strides: Any,
-    padding: Any,
-    explicit_paddings: Any,
-    data_format: Any,
-    dilations: Any,
-    precision: Any,
-    implementation: Any,
-) -> ConvSpec:
-    """Checks the arguments of `op` and resolves every default.
+class Arguments(NamedTuple):
+    """Those of a public function, as its caller gave them.
 
-    `input_sizes` and `filter_sizes` are the shape of the array where `op` takes one, else what
-    the caller gave for it. The forward op has no `out_backprop_shape`.
+    `input` and `filter` are the shape of the array where the op takes one, else the sizes. The
+    forward op has no `out_backprop`, of which this is the shape.
     """
+
+    input: Any
+    filter: Any
+    out_backprop: tuple[Any, ...] | None
+    strides: Any
+    padding: Any
+    explicit_paddings: Any = ()
+    data_format: Any = "NHWC"
+    dilations: Any = (1, 1)
+    precision: Any = None
+    implementation: Any = None
+
+
+def canonicalize(op: Op, given: Arguments) -> ConvSpec:
+    """Checks the arguments of `op` and resolves every default."""
+    data_format = given.data_format
     if not isinstance(data_format, str) or data_format not in _AXES:
         raise ValueError(f"`data_format` must be 'NHWC' or 'NCHW', got {brief(data_format)}")
-    input_name, filter_name, out_name = _NAMES[op]
-    batch = None
-    if out_backprop_shape is not None:
-        out_backprop_shape = _array_shape(out_name, out_backprop_shape, batched=True)
-        batch = out_backprop_shape[0]
-    if op == "input_grad":
-        input_sizes = _sizes(input_name, input_sizes, batch)
-    else:
-        input_sizes = _array_shape(input_name, input_sizes, batched=True)
-    if op == "filter_grad":
-        filter_sizes = _sizes(filter_name, filter_sizes)
-    else:
-        filter_sizes = _array_shape(filter_name, filter_sizes, batched=False)
+    input_sizes, filter_sizes, out_sizes = _shapes(op, given)
     height, width, depth = _AXES[data_format]
+    input_name, filter_name, out_name = op.arguments
     batch, channels = input_sizes[0], input_sizes[depth]
     if filter_sizes[2] != channels:
         raise ValueError(
             f"`{filter_name}` [R, S, C, M] must have the C of `{input_name}` "
             f"[{', '.join(data_format)}], got {filter_sizes} and {input_sizes}"
         )
-
-    in_spatial, kernel_spatial = (input_sizes[height], input_sizes[width]), filter_sizes[:2]
-    window_strides = _spatial_attribute("strides", strides, data_format)
-    rhs_dilation = _spatial_attribute("dilations", dilations, data_format)
-    pads = _padding(padding, explicit_paddings, data_format)
-    (rows, row_pads), (cols, col_pads) = (
-        _geometry(filter_name, *axis)
-        for axis in zip(in_spatial, kernel_spatial, window_strides, rhs_dilation, pads, strict=True)
+    strides = _spatial_attribute("strides", given.strides, data_format)
+    dilations = _spatial_attribute("dilations", given.dilations, data_format)
+    padding = _padding(given.padding, given.explicit_paddings, data_format)
+    axes = tuple(
+        _axis(filter_name, input_sizes[i], filter_sizes[k], strides[k], dilations[k], padding[k])
+        for k, i in enumerate((height, width))
     )
-    out_sizes = [batch] * 4
-    out_sizes[height], out_sizes[width], out_sizes[depth] = rows, cols, channels * filter_sizes[3]
-    if out_backprop_shape is not None and out_backprop_shape != tuple(out_sizes):
+    implied = [batch] * 4
+    implied[height], implied[width] = (axis.out for axis in axes)
+    implied[depth] = channels * filter_sizes[3]
+    if out_sizes is not None and out_sizes != tuple(implied):
         raise ValueError(
-            f"`{out_name}` must have shape {tuple(out_sizes)}, got {out_backprop_shape}: implied "
-            f"by `{input_name}` {input_sizes}, `{filter_name}` {filter_sizes}, `strides` "
-            f"{window_strides}, `dilations` {rhs_dilation}, `padding` {brief(padding)} and "
-            f"`data_format` {data_format!r}"
+            f"`{out_name}` must have shape {tuple(implied)}, got {out_sizes}: implied by "
+            f"`{input_name}` {input_sizes}, `{filter_name}` {filter_sizes}, `strides` {strides}, "
+            f"`dilations` {dilations}, `padding` {brief(given.padding)} and `data_format` "
+            f"{data_format!r}"
         )
-    padded_sizes = (
-        batch,
-        sum((in_spatial[0], *row_pads)),
-        sum((in_spatial[1], *col_pads)),
-        channels,
-    )
+    padded_sizes = (batch, *(axis.size + sum(axis.pads) for axis in axes), channels)
     _check_elements(f"`{filter_name}`", filter_sizes)
     _check_elements(f"`{input_name}`, padded,", padded_sizes)
-    _check_elements("the output", out_sizes)
+    _check_elements("the output", implied)
     return ConvSpec(
         data_format=data_format,  # pyright: ignore[reportArgumentType]
-        in_spatial=in_spatial,
-        kernel_spatial=kernel_spatial,
-        out_spatial=(rows, cols),
+        axes=axes,
         channels=channels,
         multiplier=filter_sizes[3],
-        window_strides=window_strides,
-        padding=(row_pads, col_pads),
-        rhs_dilation=rhs_dilation,
-        precision=_precision(precision),
-        implementation=_implementation(implementation),
+        precision=_precision(given.precision),
+        implementation=_implementation(given.implementation),
     )
 
 
@@ -221,6 +248,26 @@ def _check_elements(what: str, sizes: Sequence[Any]) -> None:
     """XLA aborts the process at arrays of 2**63 bytes, also where a size of 0 makes them empty."""
     if math.prod(size or 1 for size in sizes if type(size) is int) >= 2**60:
         raise ValueError(f"{what} must have less than 2**60 elements, got sizes {tuple(sizes)}")
+
+
+def _shapes(
+    op: Op, given: Arguments
+) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...] | None]:
+    """Those of the input, of the filter and, if it was given, of the output, else None."""
+    input_name, filter_name, out_name = op.arguments
+    batch, out_sizes = None, None
+    if given.out_backprop is not None:
+        out_sizes = _array_shape(out_name, given.out_backprop, batched=True)
+        batch = out_sizes[0]
+    if op.result == "x":
+        input_sizes = _sizes(input_name, given.input, batch)
+    else:
+        input_sizes = _array_shape(input_name, given.input, batched=True)
+    if op.result == "f":
+        filter_sizes = _sizes(filter_name, given.filter)
+    else:
+        filter_sizes = _array_shape(filter_name, given.filter, batched=False)
+    return input_sizes, filter_sizes, out_sizes
 
 
 def _array_shape(name: str, shape: tuple[Any, ...], *, batched: bool) -> tuple[Any, ...]:
@@ -363,10 +410,10 @@ def _spatial_pads(name: str, pairs: list[Any], data_format: str) -> tuple[Pair, 
     return pairs[0], pairs[1]
 
 
-def _geometry(
+def _axis(
     name: str, size: int, kernel: int, stride: int, dilation: int, pads: str | Pair
-) -> tuple[int, Pair]:
-    """The output size and the padding (low, high) of one axis, by TensorFlow's rules."""
+) -> SpatialAxis:
+    """With the output size and the padding by TensorFlow's rules."""
     window = (kernel - 1) * dilation + 1 if kernel else 0
     if pads == "SAME":
         out = -(-size // stride)
@@ -388,7 +435,7 @@ def _geometry(
             f"`{name}` and the padded input must each span less than 2**31, got a dilated size of "
             f"{window} on an input of {low} + {size} + {high}"
         )
-    return out, (low, high)
+    return SpatialAxis(size, kernel, out, stride, (low, high), dilation)
 
 
 def _precision(value: Any) -> str | tuple[str, str] | None:

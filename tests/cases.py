@@ -18,6 +18,8 @@ import reference
 
 import jax_dwbp
 from jax_dwbp import bench
+from jax_dwbp._impl import interpret
+from jax_dwbp._spec import FORWARD, Arguments, canonicalize
 
 OPS = ("forward", "input_grad", "filter_grad")
 # native_cpu is there if it could be compiled where the package was installed.
@@ -68,6 +70,11 @@ class Case:
             "data_format": data_format,
             "dilations": spatial(self.dilations, data_format),
         }
+
+    def spec(self):
+        """What implementations get."""
+        spec = canonicalize(FORWARD, Arguments(self.input, self.filter, None, **self.attributes()))
+        return dataclasses.replace(spec, interpret=interpret.value)
 
     def operands(self, op, dtype="float32", seed=0):
         """Random operands of `op` in [-1, 1), the same for the same case, dtype and seed."""

@@ -15,6 +15,8 @@ import jax
 import pytest
 import quick
 
+from jax_dwbp._impl import interpret
+
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -53,6 +55,13 @@ def unoptimized():
 
 
 @pytest.fixture
-def interpreted(monkeypatch, unoptimized):
+def interpreted(unoptimized):
     """A CPU interprets Pallas kernels: large programs."""
-    monkeypatch.setenv("JAX_DWBP_INTERPRET", "1")
+    with interpret(True):
+        yield
+
+
+@pytest.fixture
+def not_interpreted(interpreted):
+    with interpret(False):
+        yield

@@ -1,5 +1,6 @@
 """`python -m jax_dwbp.bench`: its tables and files, its checks of results, and its errors."""
 
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -8,7 +9,6 @@ import re
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import fresh_process
 import jax
@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 from cases import DEFAULT_ON_CPU, DTYPES, IMPLEMENTATIONS
 
-from jax_dwbp import bench
-from jax_dwbp._impl import xla_taps
+from jax_dwbp import _select, bench
 
 LAYERS = bench.LAYERS
 TINY = (
@@ -200,16 +199,11 @@ WRONG = {
 
 @pytest.fixture
 def wrong(request, monkeypatch):
-    monkeypatch.setitem(
-        sys.modules,
-        "jax_dwbp._impl.xla_taps",
-        SimpleNamespace(
-            unsupported=xla_taps.unsupported,
-            forward=xla_taps.forward,
-            filter_grad=xla_taps.filter_grad,
-            input_grad=lambda *args: WRONG[request.param](xla_taps.input_grad(*args)),
-        ),
+    right = _select.XLA_TAPS
+    wrong = dataclasses.replace(
+        right, input_grad=lambda *args: WRONG[request.param](right.input_grad(*args))
     )
+    monkeypatch.setitem(_select._TABLE, "xla_taps", wrong)
     jax.clear_caches()
     yield
     jax.clear_caches()  # of what was traced with it

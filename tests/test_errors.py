@@ -739,7 +739,7 @@ def test_attributes_follow_the_layout(op):
 
 @every_op
 def test_unknown_implementation(op):
-    names = "lax, xla_taps, pallas_tpu, pallas_gpu, native_cpu"
+    names = "native_cpu, xla_taps, lax, pallas_tpu, pallas_gpu"
     message = f"`implementation` must be out of {names}, got "
     for value in ("foo", "", "LAX", " lax"):
         refuses(ValueError, message + repr(value), op, implementation=value)
@@ -1010,6 +1010,7 @@ def test_arguments_of_implementations():
 def test_implementations_passes_errors_on():
     x, f = (jax.ShapeDtypeStruct(SHAPES[name], np.float32) for name in ("input", "filter"))
     strings = jax.ShapeDtypeStruct(SHAPES["input"], np.int32)
+    options: Any
     for error, message, arguments, options in (
         (ValueError, f"`strides` {FOUR}[1]", (x, f, (1,), "SAME"), {}),
         (TypeError, "`filter` must be an array, got None..", (x, None, (1, 1), "SAME"), {}),

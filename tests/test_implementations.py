@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import re
 import sys
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import DEFAULT_ON_CPU, IMPLEMENTATIONS, KERNELS, OPS, Case
+from jax.extend.core import Primitive
+from jax.sharding import AxisType, PartitionSpec
 
 import jax_dwbp
-from jax_dwbp import _dispatch
+from jax_dwbp import _select, _spec
 
 CASE = Case("selected", (1, 5, 6, 2), (3, 3, 2, 1))
 MANY_COLUMNS = Case("many_columns", (1, 3, 80, 2), (2, 64, 2, 1))
@@ -127,7 +130,7 @@ def steps(most):
 @pytest.mark.parametrize("op", OPS)
 def test_who_runs_is_known_soon(op, case):
     """What is planned is bounded by what fits a device, not by the sizes."""
-    for platform in _dispatch.PLATFORMS:
+    for platform in _select.PLATFORMS:
         with steps(10**6):
             [found] = jax_dwbp.implementations(
                 functools.partial(case.run, op), *shapes(case, op), platform=platform
@@ -227,9 +230,12 @@ def test_a_name_runs_that_one_or_raises():
 @pytest.mark.parametrize("case", EMPTY, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_what_is_empty_is_empty_before_anybody_is_asked(op, case, monkeypatch):
-    monkeypatch.setattr(_dispatch, "_module", lambda name: pytest.fail(f"{name} was asked"))
+    for name, known in _select._TABLE.items():
+        refused = functools.partial(pytest.fail, f"{name} was asked")
+        unasked = dataclasses.replace(known, unsupported=lambda *_, refused=refused: refused())
+        monkeypatch.setitem(_select._TABLE, name, unasked)
     a, b = case.operands(op)
-    for platform in _dispatch.PLATFORMS:
+    for platform in _select.PLATFORMS:
         found = selection(case, op, platform)
         names = list(found.reasons)
         assert found == (op, names[0], dict.fromkeys(names))
@@ -245,6 +251,65 @@ def test_what_is_empty_is_empty_before_anybody_is_asked(op, case, monkeypatch):
         np.testing.assert_array_equal(got, case.expected(op, a, b))
     with pytest.raises(ValueError, match="`implementation` must be out of"):
         case.run(op, a, b, implementation="fast")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_kernel_that_can_not_be_compiled_is_left_to_others(op, monkeypatch):
+    """The reason says so. By name alone the error is JAX's."""
+    unknown = Primitive("unknown")
+    unknown.def_abstract_eval(lambda a, *_, shape: a.update(shape=shape))
+
+    def broken(spec, a, b):
+        shape = spec.result_shape(_spec.OPS[op], a.shape, b.shape)
+        return unknown.bind(a, b, shape=shape)
+
+    kernel = dataclasses.replace(_select.PALLAS_TPU, **{op: broken})
+    monkeypatch.setitem(_select._TABLE, "pallas_tpu", kernel)
+    case = Case("multiplied", (8, 5, 6, 2), (3, 3, 2, 2))
+
+    def lowered(requested):
+        run = jax.jit(functools.partial(case.run, op, implementation=requested))
+        return run.trace(*shapes(case, op)).lower(lowering_platforms=("tpu",)).as_text()
+
+    for requested in (None, ("pallas_tpu", "lax")):
+        found = selection(case, op, "tpu", implementation=requested)
+        assert found.runs == "lax"
+        assert re.match("JAX can't compile it: .*'unknown'", str(found.reasons["pallas_tpu"]))
+        assert "stablehlo.convolution" in lowered(requested)
+    assert selection(case, op, "tpu", implementation="pallas_tpu").runs == "pallas_tpu"
+    with pytest.raises(NotImplementedError, match="'unknown' not found for platform tpu"):
+        lowered("pallas_tpu")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_exported(op):
+    a, b = CASE.operands(op)
+    for platform, name in (("cpu", "native_cpu"), ("cuda", "pallas_gpu")):
+        explain = functools.partial(jax_dwbp.implementations, platform=platform, exported=True)
+        [found] = explain(functools.partial(CASE.run, op), a, b)
+        assert found.runs == ("xla_taps" if platform == "cpu" else "lax")
+        assert "exported" in str(found.reasons[name])
+        if name in IMPLEMENTATIONS:
+            [found] = explain(functools.partial(CASE.run, op, implementation=name), a, b)
+            assert found.runs == name
+
+
+@pytest.mark.parametrize("axes", ({"i"}, {"i", "j"}))
+def test_axes_that_shard_map_leaves_to_xla(axes):
+    """With them XLA divides what is in it, and kernels it can't."""
+    mesh = jax.make_mesh((2, 4), ("i", "j"), axis_types=(AxisType.Auto,) * 2)
+    case = Case("sharded", (8, 5, 6, 2), (3, 3, 2, 1))
+    run = jax.shard_map(
+        functools.partial(case.run, "forward"),
+        mesh=mesh,
+        in_specs=(PartitionSpec("i"), PartitionSpec()),
+        out_specs=PartitionSpec("i"),
+        axis_names=axes,
+    )
+    [found] = jax_dwbp.implementations(run, *shapes(case, "forward"), platform="cpu")
+    assert found.runs == ("xla_taps" if axes == {"i"} else DEFAULT_ON_CPU)
+    if axes == {"i"}:
+        assert "XLA divides the program" in str(found.reasons["native_cpu"])
 
 
 def test_a_sequence_is_tried_in_order():

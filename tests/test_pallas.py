@@ -13,8 +13,7 @@ from covering import covering
 from jax.sharding import AxisType, PartitionSpec
 
 import jax_dwbp
-from jax_dwbp._impl import pallas_gpu, pallas_tpu
-from jax_dwbp._spec import canonicalize
+from jax_dwbp._impl import interpret, pallas_gpu, pallas_tpu
 
 CASE = Case("kernel", (2, 5, 6, 2), (3, 3, 2, 2), (2, 1))
 # Many channels or images, or large filters. Without the 6x6 filter, whose 36 products a kernel adds
@@ -28,10 +27,8 @@ pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 def check(case, op, kernel, dtype="float32"):
-    options = {"precision": None, "implementation": None}
-    spec = canonicalize("forward", case.input, case.filter, None, **case.attributes(), **options)
     a, b = case.operands(op, dtype)
-    [got] = pallas_numpy.run(functools.partial(MODULES[kernel][op], spec), a[None], b[None])
+    [got] = pallas_numpy.run(functools.partial(MODULES[kernel][op], case.spec()), a[None], b[None])
     case.check(op, got, case.expected(op, a, b), dtype)
 
 
@@ -141,9 +138,8 @@ def test_shard_map(kernel, shape, check_vma):
 
 @every_kernel
 @every_op
-def test_lowered_gradient_calls_the_kernel(op, kernel, monkeypatch):
+def test_lowered_gradient_calls_the_kernel(not_interpreted, op, kernel):
     """Forward and both gradients, without a convolution in their place."""
-    monkeypatch.delenv("JAX_DWBP_INTERPRET")
     platform, target = CALLS[kernel]
     a, b = CASE.operands(op)
 
@@ -158,8 +154,7 @@ def test_lowered_gradient_calls_the_kernel(op, kernel, monkeypatch):
 
 
 @every_kernel
-def test_not_interpreted_unless_asked_for(kernel, monkeypatch):
-    monkeypatch.delenv("JAX_DWBP_INTERPRET")
+def test_not_interpreted_unless_asked_for(not_interpreted, kernel):
     a, b = CASE.operands("forward")
     platform, _ = CALLS[kernel]
     case = Case("not_interpreted", (2, 5, 7, 2), (3, 3, 2, 2), (2, 1))
@@ -169,6 +164,25 @@ def test_not_interpreted_unless_asked_for(kernel, monkeypatch):
         functools.partial(CASE.run, "forward", implementation=kernel), a, b, platform=platform
     )
     assert found.runs == kernel
+
+
+@every_kernel
+def test_jit_tells_what_is_interpreted(kernel):
+    """What was traced outside is traced again within, and the lowered program keeps to it."""
+    a, b = CASE.operands("forward")
+    traced = []
+
+    @jax.jit
+    def run(a, b):
+        traced.append(None)
+        return CASE.run("forward", a, b, implementation=(kernel, "lax"))
+
+    for interpreted in (True, False, True, False):
+        with interpret(interpreted):
+            program = run.trace(a, b)
+        text = program.lower().as_text()
+        assert ("stablehlo.convolution" in text) == (not interpreted)
+    assert len(traced) == 2
 
 
 @every_kernel

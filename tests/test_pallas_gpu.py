@@ -17,25 +17,19 @@ import pallas_numpy
 import pytest
 from cases import OPS, Case
 
-from jax_dwbp._impl import pallas_gpu
+from jax_dwbp._impl import interpret, pallas_gpu
 from jax_dwbp._impl.taps import Axis, Tap, axes
-from jax_dwbp._spec import canonicalize
+from jax_dwbp._spec import INPUT_GRAD
+from jax_dwbp._spec import OPS as RECORDS
 
 every_op = pytest.mark.parametrize("op", OPS)
 pytestmark = pytest.mark.usefixtures("interpreted")
 CASE = Case("pallas_gpu", (2, 5, 6, 3), (3, 2, 3, 2), (2, 1))
 
 
-def spec_of(case):
-    attributes = case.attributes()
-    return canonicalize(
-        "forward", case.input, case.filter, None, **attributes, precision=None, implementation=None
-    )
-
-
 def run(case, op, a, b):
     """On arrays with an axis of problems."""
-    return pallas_numpy.run(functools.partial(pallas_gpu._KERNELS[op], spec_of(case)), a, b)
+    return pallas_numpy.run(functools.partial(pallas_gpu._KERNELS[op], case.spec()), a, b)
 
 
 def check(case, op, dtype="float32"):
@@ -43,13 +37,15 @@ def check(case, op, dtype="float32"):
     case.check(op, run(case, op, a[None], b[None])[0], case.expected(op, a, b), dtype)
 
 
-def reason(case, op: Any = "forward", platform: Any = "cuda", dtype="float32", **changes) -> Any:
-    """Why `op` can't run."""
-    spec = dataclasses.replace(spec_of(case), **changes)
+def reason(case, op="forward", platform: Any = "cuda", dtype="float32", height=(), width=()) -> Any:
+    """Why `op` can't run, with changes of the two axes."""
+    spec = case.spec()
+    axes = zip(spec.axes, (height, width), strict=True)
+    spec = dataclasses.replace(spec, axes=tuple(axis._replace(**dict(new)) for axis, new in axes))
     shapes = {"x": case.input, "f": case.filter, "dy": case.output}
     names = {"forward": "xf", "input_grad": ("f", "dy"), "filter_grad": ("x", "dy")}[op]
     operands = [jax.ShapeDtypeStruct((1, *shapes[name]), jnp.dtype(dtype)) for name in names]
-    return pallas_gpu.unsupported(op, spec, platform, *operands)
+    return pallas_gpu.unsupported(RECORDS[op], spec, platform, *operands)
 
 
 # ---- Tiles, vectors, loops.
@@ -80,7 +76,7 @@ def test_tiles_as_they_are_compiled(monkeypatch, size, op):
 def test_vectors(channels, multiplier, width, of_channels):
     """As wide as the lanes of one channel or of several can be; sums of one vector or several."""
     case = Case("vectors", (1, 3, 2, channels), (2, 1, channels, multiplier))
-    assert pallas_gpu._vectors(spec_of(case)) == (width, of_channels, multiplier)
+    assert pallas_gpu._vectors(case.spec()) == (width, of_channels, multiplier)
     for op in OPS:
         check(case, op)
 
@@ -100,7 +96,7 @@ def test_tiles_that_meet_nothing_but_padding(op):
 def test_phases_without_taps(size):
     """A dilation by the stride leaves every other row and column of the input without any."""
     case = Case("phases", (1, 8, 6, 2), (size, size, 2, 1), (2, 2), dilations=(2, 2))
-    rows, cols = axes("input_grad", spec_of(case))
+    rows, cols = axes(INPUT_GRAD, case.spec())
     assert [bool(taps) for taps in rows.phases] in ([True, False], [False, True])
     check(case, "input_grad")
 
@@ -121,7 +117,7 @@ def test_loops_have_each_tap_once(most):
         shapes = (1, 40, 40, 1), (kernel, kernel, 1, 1)
         case = Case("loops", *shapes, (stride, stride), dilations=(dilation, dilation))
         for op in ("forward", "input_grad"):
-            axis, _ = axes(op, spec_of(case))
+            axis, _ = axes(RECORDS[op], case.spec())
             loop = pallas_gpu._looped(axis, most)
             shifts = [loop.shift(trip) for trip in range(loop.trips)]
             for taps, body, rest in zip(
@@ -140,8 +136,7 @@ def test_tile_sizes():
             Axis(99, size, 1, [[Tap(k, k) for k in range(taps)]] * count)
             for size, count in zip((rows, cols), phases, strict=True)
         ]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.delenv("JAX_DWBP_INTERPRET")
+        with interpret(False):
             return pallas_gpu._tile_sizes(row_axis, col_axis, by_rows)
 
     assert sizes(56, 56) == (4, 4, True)
@@ -163,7 +158,7 @@ def test_filter_grad_adds_up_in_two_stages_without_atomics():
     case = Case("stages", (3, 24, 20, 2), (2, 2, 2, 1))
     a, b = case.operands("filter_grad")
     kernel = pallas_gpu._KERNELS["filter_grad"]
-    jaxpr = jax.make_jaxpr(lambda a, b: kernel(spec_of(case), a, b))(a[None], b[None])
+    jaxpr = jax.make_jaxpr(lambda a, b: kernel(case.spec(), a, b))(a[None], b[None])
     [call] = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "pallas_call"]
     assert call.outvars[0].aval.size > 2 * np.prod(case.filter)
     assert "atomic" not in str(call)
@@ -192,26 +187,25 @@ def test_many_pixels_are_shared_evenly():
 # ---- Where it runs.
 
 
-def test_reasons(monkeypatch):
+def test_reasons():
     assert all(reason(CASE, op) is None for op in OPS)
     assert reason(CASE, platform=None) is None
     assert "got float64" in reason(CASE, dtype="float64")
-    assert "2**30" in reason(CASE, rhs_dilation=(1, 2**29))
-    assert "2**30" in reason(CASE, in_spatial=(5, 2**30))
-    assert "2**31 elements" in reason(CASE, out_spatial=(2**15, 2**15))
+    assert "2**30" in reason(CASE, width={"dilation": 2**29})
+    assert "2**30" in reason(CASE, width={"size": 2**30})
+    assert "2**31 elements" in reason(CASE, height={"out": 2**15}, width={"out": 2**15})
     of_eights = dataclasses.replace(CASE, input=(2, 5, 6, 4), filter=(3, 2, 4, 2))
-    assert "2**31 elements" in reason(of_eights, out_spatial=(2**14, 2**13))
-    assert reason(of_eights, out_spatial=(2**14, 2**13 - 1)) is None
+    assert "2**31 elements" in reason(of_eights, height={"out": 2**14}, width={"out": 2**13})
+    assert reason(of_eights, height={"out": 2**14}, width={"out": 2**13 - 1}) is None
     strided = dataclasses.replace(CASE, input=(1, 20, 20, 3), strides=(5, 4))
     assert "got (5, 4)" in reason(strided, "input_grad")
     assert reason(strided, "forward") is None
-    monkeypatch.delenv("JAX_DWBP_INTERPRET")
-    assert reason(CASE) is None
+    with interpret(False):
+        assert reason(CASE) is None
 
 
 @pytest.mark.parametrize(("capability", "runs"), [("7.5", False), ("8.0", True), ("12.1", True)])
-def test_compute_capability(monkeypatch, capability, runs):
-    monkeypatch.delenv("JAX_DWBP_INTERPRET")
+def test_compute_capability(not_interpreted, monkeypatch, capability, runs):
     new = types.SimpleNamespace(compute_capability="9.0", device_kind="NVIDIA H100")
     device = types.SimpleNamespace(compute_capability=capability, device_kind="NVIDIA T4")
     monkeypatch.setattr(pallas_gpu, "_devices", lambda: [new, device])
@@ -242,10 +236,9 @@ def test_pallas_is_imported_when_it_is_needed():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @every_op
-def test_lowered_without_a_gpu(monkeypatch, op, dtype):
+def test_lowered_without_a_gpu(not_interpreted, op, dtype):
     """And without the warning that JAX deprecates Triton, which would be an error here."""
-    monkeypatch.delenv("JAX_DWBP_INTERPRET")
     a, b = (operand[None] for operand in CASE.operands(op, dtype))
-    function = jax.jit(lambda a, b: getattr(pallas_gpu, op)(spec_of(CASE), a, b))
+    function = jax.jit(lambda a, b: getattr(pallas_gpu, op)(CASE.spec(), a, b))
     lowered = function.trace(a, b).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("triton") == 1

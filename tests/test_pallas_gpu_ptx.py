@@ -19,7 +19,7 @@ from covering import covering
 from figures import cuda, ptx
 
 from jax_dwbp._impl import pallas_gpu
-from jax_dwbp._spec import OPERANDS, ConvSpec, Op, canonicalize
+from jax_dwbp._spec import OPS as RECORDS
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 every_op = pytest.mark.parametrize("op", OPS)
@@ -70,10 +70,10 @@ def test_large(name, op):
     """
     case, dtype, memories = LARGE[name], jnp.dtype("bfloat16"), []
     count = 2 if op == "filter_grad" else 5
-    spec = _spec(case, op)
+    spec = case.spec()
     shapes = {"x": case.input, "f": case.filter, "dy": case.output}
-    operands = [jax.ShapeDtypeStruct((1, *shapes[name]), dtype) for name in OPERANDS[op]]
-    assert pallas_gpu.unsupported(op, spec, "cuda", *operands) is None
+    operands = [jax.ShapeDtypeStruct((1, *shapes[name]), dtype) for name in RECORDS[op].operands]
+    assert pallas_gpu.unsupported(RECORDS[op], spec, "cuda", *operands) is None
 
     def launch(kernel, *operands, result):
         memory = _Nothing([o.size * o.dtype.itemsize for o in (*operands, result)])
@@ -130,26 +130,10 @@ def _check(name, op, dtype="float32", target="sm_90a", problems=1):
 
     with _launched(launch, target):
         stacked = (jnp.asarray(np.stack(arrays)) for arrays in zip(*operands, strict=True))
-        got = pallas_gpu._KERNELS[op](_spec(case, op), *stacked)
+        got = pallas_gpu._KERNELS[op](case.spec(), *stacked)
     assert len(kernels) == 1, kernels
     for i, (a, b) in enumerate(operands):
         case.check(op, got[i], case.expected(op, a, b), dtype)
-
-
-def _spec(case: Case, op: Op) -> ConvSpec:
-    return canonicalize(
-        op,
-        case.input,
-        case.filter,
-        None if op == "forward" else case.output,
-        case.strides,
-        case.padding,
-        (),
-        "NHWC",
-        case.dilations,
-        None,
-        None,
-    )
 
 
 def _launched(launch, target: str):

@@ -13,7 +13,9 @@ from cases import FRAMEWORKS, LAYERS, OPS, SMALL, TENSORFLOW, XLA, Case
 from jax.extend.core import jaxprs_in_params
 
 from jax_dwbp._impl import pallas_tpu, taps
-from jax_dwbp._spec import canonicalize
+from jax_dwbp._impl.pallas_tpu import kernels
+from jax_dwbp._impl.pallas_tpu import plan as planning
+from jax_dwbp._spec import OPS as RECORDS
 
 MB = 1 << 20
 
@@ -22,26 +24,13 @@ every_op = pytest.mark.parametrize("op", OPS)
 
 @pytest.fixture(autouse=True)
 def plan_anew(interpreted):
-    pallas_tpu._plan.cache_clear()
+    planning.best_plan.cache_clear()
     yield
-    pallas_tpu._plan.cache_clear()
-
-
-def spec_of(case):
-    options = case.attributes()
-    return canonicalize(
-        "forward",
-        case.input,
-        case.filter,
-        out_backprop_shape=None,
-        **options,
-        precision=None,
-        implementation=None,
-    )
+    planning.best_plan.cache_clear()
 
 
 def plan_of(case, op: Any = "forward", dtype="float32") -> Any:
-    return pallas_tpu._plan(op, spec_of(case), case.input[0], jnp.dtype(dtype))
+    return planning.best_plan(RECORDS[op], case.spec(), case.input[0], jnp.dtype(dtype))
 
 
 def shapes_of(case, op, dtype):
@@ -52,12 +41,12 @@ def shapes_of(case, op, dtype):
 
 
 def unsupported(case, op: Any = "forward", dtype="float32", platform: str | None = "tpu"):
-    return pallas_tpu.unsupported(op, spec_of(case), platform, *shapes_of(case, op, dtype))
+    return pallas_tpu.unsupported(RECORDS[op], case.spec(), platform, *shapes_of(case, op, dtype))
 
 
 def run(case, op, a, b):
     """On arrays with an axis of problems."""
-    return pallas_numpy.run(functools.partial(getattr(pallas_tpu, op), spec_of(case)), a, b)
+    return pallas_numpy.run(functools.partial(getattr(pallas_tpu, op), case.spec()), a, b)
 
 
 def check(case, op, dtype="float32"):
@@ -85,9 +74,8 @@ def test_views(view, op, dtype):
 
 @pytest.mark.parametrize("view", VIEWS)
 @every_op
-def test_views_as_they_are_compiled(monkeypatch, view, op):
+def test_views_as_they_are_compiled(not_interpreted, view, op):
     """In pieces of more rows than are interpreted at a time."""
-    monkeypatch.delenv("JAX_DWBP_INTERPRET")
     assert plan_of(VIEWS[view], op).accumulators[0] > 2
     check(VIEWS[view], op)
 
@@ -96,7 +84,7 @@ def test_views_as_they_are_compiled(monkeypatch, view, op):
 @every_op
 def test_values_of_few_images_in_place(monkeypatch, case, op):
     """They are copied by default."""
-    monkeypatch.setattr(pallas_tpu, "_views", lambda spec, batch: ["ghwnc"])
+    monkeypatch.setattr(planning, "_views", lambda spec, batch: ["ghwnc"])
     check(case, op)
 
 
@@ -135,9 +123,9 @@ def test_pieces_meet_a_border_or_do_not(op):
 
 
 def test_runs():
-    assert pallas_tpu._runs([-1, 0, 1], 1, 4) == [range(-1, 2)]
-    assert pallas_tpu._runs([-5, 0, 5], 1, 4) == [range(i, i + 1) for i in (-5, 0, 5)]
-    assert pallas_tpu._runs([0, 1, 2, 3, 4], 2, 4) == [range(0, 5, 2), range(1, 4, 2)]
+    assert kernels._runs([-1, 0, 1], 1, 4) == [range(-1, 2)]
+    assert kernels._runs([-5, 0, 5], 1, 4) == [range(i, i + 1) for i in (-5, 0, 5)]
+    assert kernels._runs([0, 1, 2, 3, 4], 2, 4) == [range(0, 5, 2), range(1, 4, 2)]
 
 
 @pytest.mark.parametrize(
@@ -166,8 +154,8 @@ def test_rows_in_tiles(monkeypatch, op, dtype):
     """The first, the middle and the last tile, which is not a whole one."""
     whole = plan_of(TILED, op, dtype)
     assert whole.rows.tiles == 1
-    monkeypatch.setattr(pallas_tpu, "_VMEM", (whole.bytes // 2,) * 2)
-    pallas_tpu._plan.cache_clear()
+    monkeypatch.setattr(planning, "VMEM", (whole.bytes // 2,) * 2)
+    planning.best_plan.cache_clear()
     plan = plan_of(TILED, op, dtype)
     assert plan.rows.tiles > 2 and plan.columns.tiles == 1
     check(TILED, op, dtype)
@@ -176,7 +164,7 @@ def test_rows_in_tiles(monkeypatch, op, dtype):
 @every_op
 def test_rows_and_columns_in_tiles(monkeypatch, op):
     case = Case("both", (32, 11, 37, 6), (3, 4, 6, 1), (1, 2), ((2, 1), (5, 4)))
-    monkeypatch.setattr(pallas_tpu, "_VMEM", (448 << 10,) * 2)
+    monkeypatch.setattr(planning, "VMEM", (448 << 10,) * 2)
     plan = plan_of(case, op)
     assert plan.rows.tiles > 2 and plan.columns.tiles > 2
     check(case, op)
@@ -187,8 +175,8 @@ def test_one_long_row_of_one_image(monkeypatch, op):
     """Cut, it can't have W in the sublanes."""
     case = Case("long", (1, 1, 100, 3), (1, 4, 3, 1), padding=((0, 0), (3, 0)))
     assert plan_of(case, op).view == "gnhwc"
-    monkeypatch.setattr(pallas_tpu, "_VMEM", (MB // 4,) * 2)
-    pallas_tpu._plan.cache_clear()
+    monkeypatch.setattr(planning, "VMEM", (MB // 4,) * 2)
+    planning.best_plan.cache_clear()
     plan = plan_of(case, op)
     assert plan.view == "ghwnc" and plan.columns.tiles > 2
     check(case, op)
@@ -197,7 +185,7 @@ def test_one_long_row_of_one_image(monkeypatch, op):
 @every_op
 def test_many_taps_are_looped_over(op):
     case = Case("looped", (1, 12, 13, 2), (11, 9, 2, 1))
-    assert case.filter[0] * case.filter[1] > pallas_tpu._UNROLLED
+    assert case.filter[0] * case.filter[1] > planning._UNROLLED
     check(case, op)
 
 
@@ -218,7 +206,7 @@ def gathers(jaxpr):
 def test_lanes_of_a_large_multiplier_are_looped_over(multiplier):
     """Each takes a gather of all registers, of which a program can't have any number."""
     case = Case("lanes", (2, 1, 8, 5), (1, 1, 5, multiplier))
-    kernel = functools.partial(pallas_tpu.input_grad, spec_of(case))
+    kernel = functools.partial(pallas_tpu.input_grad, case.spec())
     jaxpr = jax.make_jaxpr(kernel)(*shapes_of(case, "input_grad", "float32"))
     chunks = plan_of(case, "input_grad").chunks
     unrolled = multiplier * chunks <= 64
@@ -242,7 +230,7 @@ def test_infinities_stay_in_their_lane(op, batch, multiplier):
 def test_infinities_that_no_window_has_are_not_summed(monkeypatch):
     """The last tile has rows of dy that are not there, at the row of x that is left over."""
     case = Case("left over", (2, 24, 6, 3), (3, 3, 3, 1), (2, 1), "VALID")
-    monkeypatch.setattr(pallas_tpu, "_VMEM", (180 << 10,) * 2)
+    monkeypatch.setattr(planning, "VMEM", (180 << 10,) * 2)
     rows = plan_of(case, "filter_grad").rows
     assert rows.tiles > 1 and rows.axis.count % rows.tile
     x, dy = case.operands("filter_grad")
@@ -280,8 +268,8 @@ def test_a_wrong_plan_fails(monkeypatch, op):
             phases=[[first._replace(offset=first.offset + 1), *others], *columns.phases[1:]]
         )
 
-    monkeypatch.setattr(pallas_tpu, "axes", wrong)
-    pallas_tpu._plan.cache_clear()
+    monkeypatch.setattr(planning, "axes", wrong)
+    planning.best_plan.cache_clear()
     with pytest.raises(AssertionError, match="of what is allowed"):
         check(case, op)
 
@@ -315,7 +303,7 @@ def test_unsupported():
 def test_columns_are_cut_as_the_last_resort(op):
     """Here one tile of rows needs more than the least VMEM, and all smaller ones do."""
     plan = plan_of(Case("", (128, 28, 28, 128), (31, 31, 128, 1)), op, "bfloat16")
-    assert plan.bytes > pallas_tpu._VMEM[0]
+    assert plan.bytes > planning.VMEM[0]
     assert (plan.rows.tiles, plan.columns.tiles) == (1, 1)
 
 
@@ -333,11 +321,11 @@ def test_the_fewest_rows_are_moved_of_what_fits(monkeypatch, op, size):
     whole = plan_of(case, op)
     for divisor in (1, 2, 3, 5, 8):
         limit = whole.bytes // divisor
-        monkeypatch.setattr(pallas_tpu, "_VMEM", (limit,) * 2)
-        pallas_tpu._plan.cache_clear()
+        monkeypatch.setattr(planning, "VMEM", (limit,) * 2)
+        planning.best_plan.cache_clear()
         window = whole.rows
         every = [
-            whole._replace(rows=pallas_tpu._window(window.axis, tiles, 1))
+            whole._replace(rows=planning.window_of(window.axis, tiles, 1))
             for tiles in range(1, window.axis.count + 1)
         ]
         fitting = [plan for plan in every if plan.bytes <= limit]
@@ -347,7 +335,7 @@ def test_the_fewest_rows_are_moved_of_what_fits(monkeypatch, op, size):
 @every_op
 def test_what_it_takes_fits_the_vmem(op):
     fitting = Case("fits", (32, 4096, 64, 128), (31, 31, 128, 1))
-    assert plan_of(fitting, op).bytes <= pallas_tpu._VMEM[-1]
+    assert plan_of(fitting, op).bytes <= planning.VMEM[-1]
     for beyond in (
         Case("lanes", (32, 40, 40, 128), (31, 31, 128, 32)),
         Case("taps", (1, 10**5, 1, 16), (57_345, 1, 16, 1)),
@@ -358,22 +346,16 @@ def test_what_it_takes_fits_the_vmem(op):
 # ---- Lowering, which needs no TPU.
 
 
-@pytest.fixture
-def compiled(monkeypatch):
-    monkeypatch.delenv("JAX_DWBP_INTERPRET")
-    jax.clear_caches()  # of what was traced to be interpreted
-
-
 def lower(case, op, dtype="float32"):
     function = jax.jit(getattr(pallas_tpu, op), static_argnums=0)
-    traced = function.trace(spec_of(case), *shapes_of(case, op, dtype))
+    traced = function.trace(case.spec(), *shapes_of(case, op, dtype))
     return traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
 @every_op
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("x64", (False, True))
-def test_it_lowers_for_a_tpu(compiled, view, op, x64):
+def test_it_lowers_for_a_tpu(not_interpreted, view, op, x64):
     with jax.enable_x64(x64):
         assert "tpu_custom_call" in lower(VIEWS[view], op, jnp.bfloat16)
 
@@ -386,7 +368,7 @@ def test_it_lowers_for_a_tpu(compiled, view, op, x64):
     ],
     ids=str,
 )
-def test_the_table_lowers(compiled, case, op):
+def test_the_table_lowers(not_interpreted, case, op):
     assert "tpu_custom_call" in lower(case, op)
 
 
@@ -395,7 +377,7 @@ def test_the_table_lowers(compiled, case, op):
 @pytest.mark.parametrize("width", (1, 2, 15, 16, 17, 18, 33, 34))
 @pytest.mark.parametrize("stride", (1, 2))
 @pytest.mark.parametrize("batch", (1, 8))
-def test_lanes_of_any_width_lower(compiled, batch, stride, width):
+def test_lanes_of_any_width_lower(not_interpreted, batch, stride, width):
     for multiplier in (2, 3):
         filter = (3, 3, 8, multiplier)
         case = Case("widths", (batch, 3, width, 8), filter, (stride, stride))
@@ -403,7 +385,7 @@ def test_lanes_of_any_width_lower(compiled, batch, stride, width):
 
 
 @every_op
-def test_one_image_in_sublanes_lowers(compiled, op):
+def test_one_image_in_sublanes_lowers(not_interpreted, op):
     """Of a long row, which is cut: each column is a single row of lanes."""
     case = Case("long", (1, 1, 200_000, 3), (1, 4, 3, 2), padding=((0, 0), (3, 0)))
     plan = plan_of(case, op)
@@ -415,7 +397,7 @@ def test_one_image_in_sublanes_lowers(compiled, op):
 def test_steps_that_add_to_one_result_are_in_order(op):
     """Of the filter gradient; a chip of several cores may divide those of the others."""
     case = VIEWS[next(iter(VIEWS))]
-    jaxpr = jax.make_jaxpr(functools.partial(getattr(pallas_tpu, op), spec_of(case)))(
+    jaxpr = jax.make_jaxpr(functools.partial(getattr(pallas_tpu, op), case.spec()))(
         *shapes_of(case, op, jnp.bfloat16)
     )
     [call] = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "pallas_call"]

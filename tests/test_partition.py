@@ -15,7 +15,7 @@ from covering import covering
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_dwbp._spec import OPERANDS, RESULTS
+from jax_dwbp._spec import OPS as RECORDS
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 ACTIVATIONS = {"batch": P("i"), "channels": P(None, None, None, "i"), "height": P(None, "i")}
@@ -383,14 +383,14 @@ def check_divided(case, op, name, spec, parts):
     For a result nothing is gathered: each device computes its part.
     """
     operands = case.operands(op)
-    names = (*OPERANDS[op], RESULTS[op])
+    names = (*RECORDS[op].operands, RECORDS[op].result)
     *in_specs, out_spec = (spec if array == name else P() for array in names)
     run = functools.partial(case.run, op)
     program, placed, sent = compiled(run, operands, mesh_of(i=parts), in_specs, out_spec)
     result = program(*placed)
     shared = [array.is_fully_replicated for array in (*placed, result)]
     assert shared == [array != name for array in names]
-    if name == RESULTS[op]:
+    if name == RECORDS[op].result:
         assert "all-gather" not in sent
     case.check(op, result, case.expected(op, *operands), "float32")
 
@@ -444,7 +444,7 @@ def test_one_axis_of_the_mesh_for_two_of_the_arrays(op):
     case = Case("twice", (8, 8, 5, 8), (3, 3, 8, 1))
     operands = case.operands(op)
     of = {"x": P("i"), "f": P(None, None, "i"), "dy": P(None, "i")}
-    in_specs = [of[name] for name in OPERANDS[op]]
+    in_specs = [of[name] for name in RECORDS[op].operands]
     program, placed, _ = compiled(functools.partial(case.run, op), operands, mesh_of(i=8), in_specs)
     case.check(op, program(*placed), case.expected(op, *operands), "float32")
 

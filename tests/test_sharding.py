@@ -13,7 +13,7 @@ from covering import covering
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_dwbp
-from jax_dwbp._spec import OPERANDS, RESULTS, Op
+from jax_dwbp._spec import OPS as RECORDS
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 P = PartitionSpec
@@ -60,11 +60,11 @@ def with_gradients(run):
 def expected_with_gradients(case, op, a, b):
     """What `with_gradients` is for an op: the gradients are the two other ops."""
     results = [case.expected(op, a, b)]
-    known = {**dict(zip(OPERANDS[op], (a, b), strict=True)), RESULTS[op]: np.cos(results[0])}
-    others: dict[str, Op] = {name: other for other, name in RESULTS.items()}
-    for name in OPERANDS[op]:
-        other = others[name]
-        results.append(case.expected(other, *(known[operand] for operand in OPERANDS[other])))
+    record = RECORDS[op]
+    known = {**dict(zip(record.operands, (a, b), strict=True)), record.result: np.cos(results[0])}
+    others = {other.result: other for other in RECORDS.values()}
+    for other in (others[name] for name in record.operands):
+        results.append(case.expected(other.name, *(known[operand] for operand in other.operands)))
     return results
 
 

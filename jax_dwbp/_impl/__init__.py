@@ -1,25 +1,44 @@
-"""One module per implementation; its stem is its name. `taps` is what those that sum taps share.
+"""One file, or folder, for each implementation, with an `Implementation` at its foot that says what
+it can. `taps` is what those that sum taps share.
 
-Each has `unsupported(op, spec, platform, a, b)`, the reason why it can't run or None, of which the
-Pallas kernels have one for some dtypes and sizes of the operands too, and one function per op on
-canonical data: C-order NHWC with a leading axis of G independent problems, no empty operand, any
-dtype out of `_spec.DTYPES`.
+An implementation has one function for each op, on canonical data: C-order NHWC with a leading axis
+of G independent problems, no empty operand, any dtype out of `_spec.DTYPES`.
 
     forward(spec, x[G,N,H,W,C], f[G,R,S,C,M])            -> [G,N,P,Q,C*M]
     input_grad(spec, f[G,R,S,C,M], dy[G,N,P,Q,C*M])      -> [G,N,H,W,C]
     filter_grad(spec, x[G,N,H,W,C], dy[G,N,P,Q,C*M])     -> [G,R,S,C,M]
 
-native_cpu takes operands in the layout of `spec`, with a G or without.
-
 None of them needs to be differentiable or to know a transformation: the rules stand above.
 """
 
+import dataclasses
 import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jax_dwbp._spec import ConvSpec, Op
+
+# Whether Pallas kernels are interpreted, on any platform: slowly, to test or to debug them. The
+# environment is looked at here and not later, and the caches of `jit` look at this.
+interpret = jax.make_user_context(os.environ.get("JAX_DWBP_INTERPRET") == "1")
 
 
-def interpreted() -> bool:
-    """Whether Pallas kernels are interpreted, on any platform: slowly, to test or to debug them.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Implementation:
+    """What the choice knows of an implementation. Of operands it sees the shape and the dtype."""
 
-    What was compiled before the environment changed stays as it is.
-    """
-    return os.environ.get("JAX_DWBP_INTERPRET") == "1"
+    name: str  # the stem of its file
+    # Why it can't run an op on a platform, or None. A platform of None stands for any.
+    unsupported: Callable[[Op, ConvSpec, str | None, Any, Any], str | None]
+    rank: Callable[[ConvSpec, str | None], int]  # of those that can, the least runs by default
+    forward: Callable[[ConvSpec, jax.Array, jax.Array], jax.Array]
+    input_grad: Callable[[ConvSpec, jax.Array, jax.Array], jax.Array]
+    filter_grad: Callable[[ConvSpec, jax.Array, jax.Array], jax.Array]
+    platform: str | None = None  # the only one that it runs on, and of what kind
+    device: str = ""
+    is_pallas: bool = False  # JAX compiles it, for one batch size, or interprets it anywhere
+    is_opaque: bool = False  # XLA can't look into it, so it can't divide it among devices
+    is_stable: bool = True  # JAX promises that what is exported runs later and without this package
+    takes_any_layout: bool = False  # that of `spec`, with an axis of problems or without

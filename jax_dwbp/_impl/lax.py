@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.lax import conv_general_dilated
 
+from jax_dwbp._impl import Implementation
 from jax_dwbp._spec import ConvSpec, Op, Pair
 
 # XLA's kernel for a CPU counts the positions of a window in float32. Where that rounds, it may miss
@@ -27,13 +28,12 @@ def unsupported(
 ) -> str | None:
     if platform != "cpu":
         return None
-    for size, kernel, _, _, pads, dilation in spec.axes():
-        window = (kernel - 1) * dilation + 1
+    for axis in spec.axes:
         positions = {
-            "forward": sum(pads) + size - window + 1,
-            "input_grad": size,
-            "filter_grad": window,
-        }[op]
+            "forward": sum(axis.pads) + axis.size - axis.reach,
+            "input_grad": axis.size,
+            "filter_grad": axis.reach + 1,
+        }[op.name]
         if positions > _MAX_POSITIONS:
             return (
                 f"on a CPU a window may have at most 2**24 positions along an axis, before "
@@ -60,9 +60,9 @@ def forward(spec: ConvSpec, x: jax.Array, f: jax.Array) -> jax.Array:
 def input_grad(spec: ConvSpec, f: jax.Array, dy: jax.Array) -> jax.Array:
     # i + l = s*o + d*k: a correlation of the stretched dy with the flipped filter.
     padding = []
-    for size, kernel, out, stride, (low, _), dilation in spec.axes():
-        before = (kernel - 1) * dilation - low
-        padding.append((before, size + low - ((out - 1) * stride + 1)))
+    for axis in spec.axes:
+        low, window = axis.pads[0], (axis.out - 1) * axis.stride + 1
+        padding.append((axis.reach - low, axis.size + low - window))
     lhs, rhs = _fold(dy), _fold_filter(f)[::-1, ::-1].transpose(0, 1, 3, 2)
     groups = f.shape[0] * spec.channels
     if groups == 1:
@@ -84,9 +84,9 @@ def input_grad(spec: ConvSpec, f: jax.Array, dy: jax.Array) -> jax.Array:
 def filter_grad(spec: ConvSpec, x: jax.Array, dy: jax.Array) -> jax.Array:
     # d*k = i + l - s*o: a correlation of x with the dilated dy, N as the features it sums over.
     padding = []
-    for size, kernel, out, stride, (low, _), dilation in spec.axes():
-        window = (out - 1) * stride + 1
-        padding.append((low, (kernel - 1) * dilation + window - size - low))
+    for axis in spec.axes:
+        low, window = axis.pads[0], (axis.out - 1) * axis.stride + 1
+        padding.append((low, axis.reach + window - axis.size - low))
     df = _conv(
         spec,
         _fold(x).transpose(3, 1, 2, 0),
@@ -122,7 +122,7 @@ def _conv(
     rhs: jax.Array,
     *,
     padding: Sequence[Pair],
-    lhs_dilation: Pair = (1, 1),
+    lhs_dilation: Sequence[int] = (1, 1),
     **geometry,
 ) -> jax.Array:
     dtype: Literal["float32"] | None = "float32" if lhs.dtype.itemsize < 4 else None
@@ -146,3 +146,18 @@ def _conv(
         cut = lax.slice_in_dim(cut, before, lhs.shape[axis] - after, axis=axis)
         pads.append((low + before * step, high + after * step))
     return conv(cut, padding=pads).astype(lhs.dtype)
+
+
+def _rank(spec: ConvSpec, platform: str | None) -> int:
+    # Nothing has been timed on an accelerator: there it runs, and kernels by name.
+    return 2 if platform == "cpu" else 0
+
+
+IMPLEMENTATION = Implementation(
+    name="lax",
+    unsupported=unsupported,
+    rank=_rank,
+    forward=forward,
+    input_grad=input_grad,
+    filter_grad=filter_grad,
+)

@@ -28,9 +28,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from jax_dwbp._impl import interpreted
+from jax_dwbp._impl import Implementation, interpret
 from jax_dwbp._impl.taps import Axis, Tap, axes
-from jax_dwbp._spec import ConvSpec, Op
+from jax_dwbp._spec import FILTER_GRAD, FORWARD, INPUT_GRAD, ConvSpec, Op
 
 _WARPS = 4
 _THREADS = 32 * _WARPS  # of a block
@@ -64,7 +64,7 @@ _INTERPRETED = _Sizes(tile=4, height=2, low=1, unrolled=16, columns=4, group=4)
 
 
 def _sizes() -> _Sizes:
-    return _INTERPRETED if interpreted() else _COMPILED
+    return _INTERPRETED if interpret.value else _COMPILED
 
 
 def unsupported(
@@ -81,15 +81,16 @@ def unsupported(
         return "operands and results must have less than 2**31 elements, got {} and {}: {}".format(
             *shapes
         )
-    for size, kernel, _, stride, pads, dilation in spec.axes():
-        if max(size + sum(pads), kernel * dilation, stride) >= _MAX_REACH:
+    for axis in spec.axes:
+        padded = axis.size + sum(axis.pads)
+        if max(padded, axis.kernel * axis.dilation, axis.stride) >= _MAX_REACH:
             return "strides, dilated filters and the padded input must each span less than 2**30"
-    if op == "input_grad" and math.prod(spec.window_strides) > _MAX_PHASES:
+    if op is INPUT_GRAD and math.prod(spec.window_strides) > _MAX_PHASES:
         return f"strides may have a product of at most {_MAX_PHASES}, got {spec.window_strides}"
     if platform is None:
         return None
     for device in _devices():
-        if float(device.compute_capability) < _MIN_CAPABILITY and not interpreted():
+        if float(device.compute_capability) < _MIN_CAPABILITY and not spec.interpret:
             return (
                 f"it needs a compute capability of {_MIN_CAPABILITY}, got "
                 f"{device.compute_capability} of {device.device_kind}"
@@ -98,15 +99,15 @@ def unsupported(
 
 
 def forward(spec: ConvSpec, x: jax.Array, f: jax.Array) -> jax.Array:
-    return _primitive.bind(x, f, op="forward", spec=spec)
+    return _primitive.bind(x, f, op=FORWARD, spec=spec)
 
 
 def input_grad(spec: ConvSpec, f: jax.Array, dy: jax.Array) -> jax.Array:
-    return _primitive.bind(f, dy, op="input_grad", spec=spec)
+    return _primitive.bind(f, dy, op=INPUT_GRAD, spec=spec)
 
 
 def filter_grad(spec: ConvSpec, x: jax.Array, dy: jax.Array) -> jax.Array:
-    return _primitive.bind(x, dy, op="filter_grad", spec=spec)
+    return _primitive.bind(x, dy, op=FILTER_GRAD, spec=spec)
 
 
 def _devices() -> list[Any]:
@@ -152,12 +153,13 @@ def _lower(ctx, a, b, *, op, spec):
         device = AbstractDevice("NVIDIA A100-SXM4-40GB", num_cores=None, platform="gpu")
     with (
         _lock,
+        interpret(spec.interpret),
         use_abstract_mesh(AbstractMesh((), (), abstract_device=device)),
         warnings.catch_warnings(),
     ):
         # Whoever calls this package can't do anything about the backend that it uses.
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
-        kernel = functools.partial(_KERNELS[op], spec)
+        kernel = functools.partial(_KERNELS[op.name], spec)
         return mlir.lower_fun(kernel, multiple_results=False)(ctx, a, b)
 
 
@@ -229,14 +231,14 @@ def _tile_sums(op: Op, spec: ConvSpec, source: jax.Array, f: jax.Array) -> jax.A
     rows, cols = axes(op, spec)
     vectors = _vectors(spec)
     # The vectors of dy that a sum of lanes takes.
-    parts = 1 if op == "forward" else max(1, spec.multiplier // vectors.width)
+    parts = 1 if op is FORWARD else max(1, spec.multiplier // vectors.width)
     # Long sums are sums of rows, which takes registers and an addition for each.
     by_rows = math.prod(spec.kernel_spatial) * parts > _CHAIN
     height, width, is_unrolled = _tile_sizes(rows, cols, by_rows)
     tiles_h, tiles_w = -(-rows.result // height), -(-cols.result // width)
     problems, batch = source.shape[:2]
     lanes = spec.channels * spec.multiplier
-    is_forward = op == "forward"
+    is_forward = op is FORWARD
     count = lanes // vectors.width if is_forward else spec.channels // vectors.channels
     threads = problems * batch * tiles_h * tiles_w * count
     row_loop = _looped(rows, None if is_unrolled else 1)
@@ -403,9 +405,9 @@ def _tile_side(size: int, most: int) -> int:
 def _filter_sums(spec: ConvSpec, x: jax.Array, dy: jax.Array) -> jax.Array:
     """filter_grad."""
     pl, _ = _pallas()
-    rows, cols = axes("filter_grad", spec)
+    rows, cols = axes(FILTER_GRAD, spec)
     taps_h, taps_w = (axis.phases[0] for axis in (rows, cols))
-    shape = spec.result_shape("filter_grad", x.shape, dy.shape)
+    shape = spec.result_shape(FILTER_GRAD, x.shape, dy.shape)
     if not taps_h or not taps_w:
         return jnp.zeros(shape, x.dtype)
     problems, batch = x.shape[:2]
@@ -503,9 +505,9 @@ def _filter_sums(spec: ConvSpec, x: jax.Array, dy: jax.Array) -> jax.Array:
     return jnp.pad(df, [(0, 0), *unused, (0, 0), (0, 0)])
 
 
-_KERNELS: dict[Op, Callable[[ConvSpec, jax.Array, jax.Array], jax.Array]] = {
-    "forward": functools.partial(_tile_sums, "forward"),
-    "input_grad": lambda spec, f, dy: _tile_sums("input_grad", spec, dy, f),
+_KERNELS: dict[str, Callable[[ConvSpec, jax.Array, jax.Array], jax.Array]] = {
+    "forward": functools.partial(_tile_sums, FORWARD),
+    "input_grad": lambda spec, f, dy: _tile_sums(INPUT_GRAD, spec, dy, f),
     "filter_grad": _filter_sums,
 }
 
@@ -524,7 +526,7 @@ def _call(
             manual_axis_type=jax.typeof(operands[0]).manual_axis_type,
         ),
         compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=1),
-        interpret=interpreted(),
+        interpret=interpret.value,
         name="depthwise_conv2d",
     )(*(operand.reshape(-1) for operand in operands))
     return flat.reshape(result.shape)
@@ -559,7 +561,7 @@ def _load_vector(ref, first: jax.Array, width: int, mask: jax.Array | None = Non
     else:
         mask = jnp.broadcast_to(mask[:, None], index.shape)
         value = triton.load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))
-    if value.dtype == jnp.bfloat16 and width > 1 and not interpreted():
+    if value.dtype == jnp.bfloat16 and width > 1 and not interpret.value:
         # Two at a time, an instruction each.
         [value] = triton.elementwise_inline_asm(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
@@ -580,7 +582,7 @@ def _store_vector(ref, first: jax.Array, value: jax.Array, mask: jax.Array) -> N
 
 def _multiply_add(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
     """a * b + c in one instruction, which XLA does not make of it."""
-    if interpreted():
+    if interpret.value:
         return a * b + c
     _, triton = _pallas()
     [value] = triton.elementwise_inline_asm(
@@ -591,3 +593,23 @@ def _multiply_add(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
         result_shape_dtypes=[jax.ShapeDtypeStruct(c.shape, jnp.float32)],
     )
     return value
+
+
+def _rank(spec: ConvSpec, platform: str | None) -> int:
+    # After lax, until a device has timed both.
+    return 3
+
+
+IMPLEMENTATION = Implementation(
+    name="pallas_gpu",
+    unsupported=unsupported,
+    rank=_rank,
+    forward=forward,
+    input_grad=input_grad,
+    filter_grad=filter_grad,
+    platform="cuda",
+    device="an NVIDIA GPU",
+    is_pallas=True,
+    is_opaque=True,
+    is_stable=False,
+)

@@ -9,7 +9,7 @@ are interleaved at the end.
 import math
 from typing import NamedTuple
 
-from jax_dwbp._spec import ConvSpec, Op, Pair
+from jax_dwbp._spec import INPUT_GRAD, ConvSpec, Op, SpatialAxis
 
 
 class Tap(NamedTuple):
@@ -34,28 +34,27 @@ class Axis(NamedTuple):
 
 def axes(op: Op, spec: ConvSpec) -> tuple[Axis, Axis]:
     """Of height and width: from x for forward and filter_grad, from dy for input_grad."""
-    axis = _input_grad if op == "input_grad" else _forward
-    rows, columns = (axis(*a) for a in spec.axes())
+    rows, columns = map(_input_grad if op is INPUT_GRAD else _forward, spec.axes)
     return rows, columns
 
 
-def meeting(
-    size: int, kernel: int, out: int, stride: int, pads: Pair, dilation: int
-) -> tuple[int, int]:
+def meeting(axis: SpatialAxis) -> tuple[int, int]:
     """The first and the last tap that meet the input, in a filter larger by any factor."""
     # -(out - 1) * stride <= k * dilation - low < size
-    first = max(0, -(((out - 1) * stride - pads[0]) // dilation))
-    return first, min(kernel - 1, (size - 1 + pads[0]) // dilation)
+    low, dilation = axis.pads[0], axis.dilation
+    first = max(0, -(((axis.out - 1) * axis.stride - low) // dilation))
+    return first, min(axis.kernel - 1, (axis.size - 1 + low) // dilation)
 
 
-def _forward(size: int, kernel: int, out: int, stride: int, pads: Pair, dilation: int) -> Axis:
-    first, last = meeting(size, kernel, out, stride, pads, dilation)
-    taps = [Tap(k, k * dilation - pads[0]) for k in range(first, last + 1)]
-    return Axis(size, out, stride, [taps])
+def _forward(axis: SpatialAxis) -> Axis:
+    first, last = meeting(axis)
+    taps = [Tap(k, k * axis.dilation - axis.pads[0]) for k in range(first, last + 1)]
+    return Axis(axis.size, axis.out, axis.stride, [taps])
 
 
-def _input_grad(size: int, kernel: int, out: int, stride: int, pads: Pair, dilation: int) -> Axis:
-    low, count = pads[0], -(-size // stride)
+def _input_grad(axis: SpatialAxis) -> Axis:
+    size, kernel, out, stride, (low, _), dilation = axis
+    count = -(-size // stride)
     # The taps k of a phase, where dilation*k = a + low modulo the stride, are `step` apart.
     common = math.gcd(stride, dilation)
     step = stride // common

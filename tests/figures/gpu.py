@@ -49,7 +49,7 @@ from absl import flags
 
 from figures import cuda, ptx, sass, workers
 from jax_dwbp import _command_line, bench
-from jax_dwbp._spec import OPERANDS, ConvSpec, Op, canonicalize
+from jax_dwbp._spec import FORWARD, OPS, Arguments, ConvSpec, canonicalize
 
 _Row = dict[str, Any]  # the figures of one kernel on one target, for --json
 _BATCH = 32
@@ -73,19 +73,14 @@ class Case:
     @property
     def spec(self) -> ConvSpec:
         layer = self.layer
-        return canonicalize(
-            "forward",
-            (_BATCH, layer.height, layer.width, layer.channels),
-            (*layer.kernel, layer.channels, layer.multiplier),
-            None,
-            (layer.stride, layer.stride),
-            layer.padding,
-            explicit_paddings=(),
-            data_format="NHWC",
-            dilations=(1, 1),
-            precision=None,
-            implementation=None,
+        given = Arguments(
+            input=(_BATCH, layer.height, layer.width, layer.channels),
+            filter=(*layer.kernel, layer.channels, layer.multiplier),
+            out_backprop=None,
+            strides=(layer.stride, layer.stride),
+            padding=layer.padding,
         )
+        return canonicalize(FORWARD, given)
 
     def limit(self) -> float | None:
         """The figure that is accepted."""
@@ -235,10 +230,10 @@ def _resident_warps(threads: int, registers: int, shared: int, target: cuda.Targ
 
 # ---- A case, in a process that a compiler may abort.
 
-_Job = tuple[Case, Op, str, bool, bool]
+_Job = tuple[Case, str, str, bool, bool]
 
 
-def _measure(case: Case, op: Op, arch: str, is_costed: bool, xla_taps: bool) -> _Row | None:
+def _measure(case: Case, op: str, arch: str, is_costed: bool, xla_taps: bool) -> _Row | None:
     """Compiles for a target, and says what it costs there if it `is_costed`."""
     spec, target = case.spec, cuda.TARGETS[arch]
     dtype = jnp.dtype(case.dtype)
@@ -248,7 +243,7 @@ def _measure(case: Case, op: Op, arch: str, is_costed: bool, xla_taps: bool) -> 
         "f": (1, *spec.kernel_spatial, channels, multiplier),
         "dy": (1, _BATCH, *spec.out_spatial, channels * multiplier),
     }
-    operands = [jax.ShapeDtypeStruct(shapes[name], dtype) for name in OPERANDS[op]]
+    operands = [jax.ShapeDtypeStruct(shapes[name], dtype) for name in OPS[op].operands]
     compiled = functools.partial(
         cuda.compile_program, _function("pallas_gpu", op, spec), operands, target
     )
@@ -273,7 +268,7 @@ def _measure(case: Case, op: Op, arch: str, is_costed: bool, xla_taps: bool) -> 
     }
 
 
-def _peer(op: Op, spec: ConvSpec, operands, target: cuda.Target, moved: int) -> float | str | None:
+def _peer(op: str, spec: ConvSpec, operands, target: cuda.Target, moved: int) -> float | str | None:
     """The figure of xla_taps, or why XLA does not compile it."""
     if math.prod(spec.kernel_spatial) > _MAX_TAPS:
         return None
@@ -284,7 +279,7 @@ def _peer(op: Op, spec: ConvSpec, operands, target: cuda.Target, moved: int) -> 
     return _cost(program, target, moved)["figure"]
 
 
-def _function(implementation: str, op: Op, spec: ConvSpec) -> Callable[..., jax.Array]:
+def _function(implementation: str, op: str, spec: ConvSpec) -> Callable[..., jax.Array]:
     module = importlib.import_module(f"jax_dwbp._impl.{implementation}")
     return functools.partial(getattr(module, op), spec)
 
@@ -353,7 +348,7 @@ def _flag_values() -> flags.FlagValues:
     text = functools.partial(flags.DEFINE_string, **options)
     names = functools.partial(flags.DEFINE_list, **options)
     text("filter", "", "A regular expression to be found in the cases' names.")
-    names("ops", ",".join(OPERANDS), "Out of these.")
+    names("ops", ",".join(OPS), "Out of these.")
     names("targets", ",".join(cuda.TARGETS), "Out of these: an A100, an H100 and a B200.")
     text("json", None, "A file for all figures.")
     flags.DEFINE_bool("xla_taps", True, "Compile it too, for comparison.", **options)
@@ -377,7 +372,7 @@ def _jobs(values: flags.FlagValues, cases, ops, targets) -> list[_Job]:
 
 def _run(values: flags.FlagValues) -> int:
     cases = _command_line.found(values.filter, "cases", CASES)
-    ops = _command_line.chosen("ops", values.ops, list(OPERANDS))
+    ops = _command_line.chosen("ops", values.ops, list(OPS))
     targets = _command_line.chosen("targets", values.targets, list(cuda.TARGETS))
     if values.check and _CHECKED not in targets:
         raise flags.Error(f"--check: is of {_CHECKED}, which is not among the --targets")

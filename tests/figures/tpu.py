@@ -39,7 +39,7 @@ from absl import flags
 from figures import workers
 from jax_dwbp import _command_line
 from jax_dwbp._impl import lax, pallas_tpu, xla_taps
-from jax_dwbp._spec import OPERANDS, ConvSpec, Op, canonicalize
+from jax_dwbp._spec import FORWARD, OPS, Arguments, ConvSpec, canonicalize
 
 _IMPLEMENTATIONS = {"pallas_tpu": pallas_tpu, "lax": lax, "xla_taps": xla_taps}
 # The bandwidth in bytes/s and the clock in Hz: nominal ones, of a core.
@@ -59,7 +59,7 @@ class Layer:
     padding: Any = "SAME"
     dtype: str = "bfloat16"
     # The ops for which XLA compiles its own convolution in seconds, not in minutes.
-    lax: tuple[str, ...] = tuple(OPERANDS)
+    lax: tuple[str, ...] = tuple(OPS)
 
     @property
     def filter(self) -> tuple[int, int, int, int]:
@@ -67,19 +67,16 @@ class Layer:
 
     @property
     def spec(self) -> ConvSpec:
-        return canonicalize(
-            "forward",
-            self.input,
-            self.filter,
-            None,
-            self.strides,
-            self.padding,
-            (),
-            "NHWC",
-            self.dilations,
-            "highest",
-            None,
+        given = Arguments(
+            input=self.input,
+            filter=self.filter,
+            out_backprop=None,
+            strides=self.strides,
+            padding=self.padding,
+            dilations=self.dilations,
+            precision="highest",
         )
+        return canonicalize(FORWARD, given)
 
 
 def _square(
@@ -149,7 +146,7 @@ MATRIX = (
 @dataclasses.dataclass(frozen=True)
 class Problem:
     layer: Layer
-    op: Op
+    op: str
     chip: str
     dtype: str
 
@@ -169,7 +166,9 @@ class Problem:
     @property
     def operands(self) -> list[jax.ShapeDtypeStruct]:
         shapes = self.shapes
-        return [jax.ShapeDtypeStruct(shapes[n], jnp.dtype(self.dtype)) for n in OPERANDS[self.op]]
+        return [
+            jax.ShapeDtypeStruct(shapes[n], jnp.dtype(self.dtype)) for n in OPS[self.op].operands
+        ]
 
     @property
     def registers(self) -> float:
@@ -428,7 +427,7 @@ def _flag_values() -> flags.FlagValues:
     values = flags.FlagValues()
     options: Any = {"flag_values": values, "module_name": "flags"}
     flags.DEFINE_string("filter", "", "A regular expression to be found in the names.", **options)
-    flags.DEFINE_list("ops", list(OPERANDS), "Out of these.", **options)
+    flags.DEFINE_list("ops", list(OPS), "Out of these.", **options)
     flags.DEFINE_list("chips", list(CHIPS), "Out of these.", **options)
     names = ["pallas_tpu", "lax"]
     flags.DEFINE_list(
@@ -498,7 +497,7 @@ def _limited(values: flags.FlagValues, known: list[Problem], layers) -> list[Pro
 
 
 def _run(values: flags.FlagValues) -> int:
-    known_names = {"ops": OPERANDS, "chips": CHIPS, "implementations": _IMPLEMENTATIONS}
+    known_names = {"ops": OPS, "chips": CHIPS, "implementations": _IMPLEMENTATIONS}
     for flag, known in known_names.items():
         names: list[str] = values[flag].value or []
         if not names or not set(names) <= set(known):

@@ -1,5 +1,6 @@
 """Faults of the Pallas kernels."""
 
+from mutants.arguments import IMPLEMENTATIONS
 from mutants.fault import Operator, faults
 
 GPU = "tests/test_pallas_gpu.py"
@@ -36,7 +37,7 @@ FAULTS = [
         ("taps[trips * most :]", "taps[most:]", f"{GPU} -k loops"),
     ),
     *faults(
-        "_impl/pallas_tpu.py",
+        "_impl/pallas_tpu/__init__.py",
         (
             "(jnp.float32, jnp.bfloat16):",
             "(jnp.float32, jnp.bfloat16, jnp.float16):",
@@ -48,26 +49,14 @@ FAULTS = [
             f"{TPU} -k unsupported",
         ),
         ("> _MAX_PHASES", Operator("Gt_GtE"), f"{TPU} -k unsupported"),
+        ("spec.multiplier > 1", Operator("NumberReplacer", 1), IMPLEMENTATIONS),
+    ),
+    *faults(
+        "_impl/pallas_tpu/plan.py",
         (
             "key=lambda i: plans(i + 1).bytes <= limit",
             "key=lambda i: plans(i + 1).bytes < limit",
             f"{TPU} -k fewest",
-        ),
-        (
-            "        zero(r, filled, stop - filled)\n",
-            "",
-            f'{PALLAS} -k "pallas_tpu and forward"',
-        ),
-        ("if not rows.exist(row)", "if False", f"{TPU} -k infinities"),
-        (
-            '"arbitrary" if plan.op == "filter_grad" else "parallel"',
-            '"parallel"',
-            f'{TPU} -k "steps and filter_grad"',
-        ),
-        (
-            "lane * multiplier + m, jnp",
-            "lane * multiplier, jnp",
-            f'{PALLAS} -k "pallas_tpu and input_grad"',
         ),
         (
             "return 2 * blocks + scratch",
@@ -75,7 +64,7 @@ FAULTS = [
             f'{TPU} -k "resort or vmem or there"',
         ),
         (
-            "plans(1).columns.tiles > 1 and limit != _VMEM[-1]",
+            "plans(1).columns.tiles > 1 and limit != VMEM[-1]",
             "False",
             f'{TPU} -k "resort or vmem or there"',
         ),
@@ -83,6 +72,25 @@ FAULTS = [
             "min(map(plans, sorted(downs)), key=lambda plan: plan.rows.moved)",
             "plans(fewest + 1)",
             f'{TPU} -k "resort or vmem or there"',
+        ),
+    ),
+    *faults(
+        "_impl/pallas_tpu/kernels.py",
+        (
+            "        zero(r, filled, stop - filled)\n",
+            "",
+            f'{PALLAS} -k "pallas_tpu and forward"',
+        ),
+        ("if not rows.exist(row)", "if False", f"{TPU} -k infinities"),
+        (
+            '"arbitrary" if plan.op is FILTER_GRAD else "parallel"',
+            '"parallel"',
+            f'{TPU} -k "steps and filter_grad"',
+        ),
+        (
+            "lane * multiplier + m, jnp",
+            "lane * multiplier, jnp",
+            f'{PALLAS} -k "pallas_tpu and input_grad"',
         ),
         (
             'lax.gather(flat, at[..., None], along, (1, 1), mode="promise_in_bounds")',

@@ -225,15 +225,12 @@ template <typename S>
 INLINE void PackColumns(const Row& row, const Columns& columns, int64_t phase, const Span* spans,
                         int64_t count) {
   using T = typename Compute<S>::type;
-  int64_t first = columns.width, last = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    first = Min(first, spans[i].begin);
-    last = Max(last, spans[i].end);
-  }
-  // In the order of memory, which is read ahead.
-  for (int64_t p = first; p < last; ++p) {
+  int64_t last = 0;
+  for (int64_t i = 0; i < count; ++i) last = Max(last, spans[i].end);
+  // In the order of memory, which is read ahead. All spans begin at column 0 and what follows it.
+  for (int64_t p = spans[0].begin; p < last; ++p) {
     for (int64_t i = 0; i < count; ++i) {
-      if (p < spans[i].begin || p >= spans[i].end) continue;
+      if (p >= spans[i].end) continue;
       const int64_t column = columns.stride * (columns.first + p) + columns.phases[phase + i];
       const S* from = static_cast<const S*>(row.data) + column * row.column_step;
       Line* to = row.lines + (phase + i) * columns.width + p;

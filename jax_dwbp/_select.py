@@ -1,0 +1,210 @@
+"""The table of implementations, and the one place that decides which of them runs.
+
+Implementations see canonical data: layouts, empty operands and single problems end here.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, use_abstract_mesh
+
+from jax_dwbp._compat import Target
+from jax_dwbp._impl import Implementation
+from jax_dwbp._impl.lax import IMPLEMENTATION as LAX
+from jax_dwbp._impl.native_cpu import IMPLEMENTATION as NATIVE_CPU
+from jax_dwbp._impl.pallas_gpu import IMPLEMENTATION as PALLAS_GPU
+from jax_dwbp._impl.pallas_tpu import IMPLEMENTATION as PALLAS_TPU
+from jax_dwbp._impl.xla_taps import IMPLEMENTATION as XLA_TAPS
+from jax_dwbp._spec import ConvSpec, Op, brief
+
+# In this order where they rank alike.
+_TABLE = {i.name: i for i in (NATIVE_CPU, XLA_TAPS, LAX, PALLAS_TPU, PALLAS_GPU)}
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+OTHER = "other"  # one that JAX has by a plugin of someone else's
+
+
+def resolve(
+    op: Op, spec: ConvSpec, target: Target, a: Any, b: Any
+) -> tuple[Implementation | None, dict[str, str | None]]:
+    """The implementation that runs `op`, if any, and of those asked, in their order, why not.
+
+    Of the operands only the shape and the dtype are read. A platform of None stands for any, so
+    what it can't run nobody can.
+    """
+    operands = _canonical_shapes(op, spec, a, b)
+    requested = _ranked(spec, target)
+    if spec.implementation is not None:
+        requested = [_named(name) for name in spec.implementation]
+    reasons = {}
+    for implementation in requested:
+        reason = _why_not(implementation, op, spec, target, operands)
+        if reason is None and implementation is not requested[-1]:
+            reason = _why_not_compiled(implementation, op, spec, target, operands)
+        reasons[implementation.name] = reason
+        if reason is None:
+            return implementation, reasons
+    return None, reasons
+
+
+def explain(
+    op: Op, spec: ConvSpec, target: Target, a: Any, b: Any
+) -> tuple[str | None, dict[str, str | None]]:
+    """The name of what runs `op`, if any, and of all, best first, why not."""
+    operands = _canonical_shapes(op, spec, a, b)
+    implementation, asked = resolve(op, spec, target, a, b)
+    reasons = {
+        i.name: asked[i.name] if i.name in asked else _why_not(i, op, spec, target, operands)
+        for i in _ranked(spec, target)
+    }
+    return implementation and implementation.name, reasons
+
+
+def selected(op: Op, spec: ConvSpec, target: Target, a: Any, b: Any) -> Implementation:
+    """The implementation that runs `op`, or NotImplementedError with the reasons."""
+    implementation, reasons = resolve(op, spec, target, a, b)
+    if implementation is None:
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise NotImplementedError(f"`implementation` can't run {op}: {why}")
+    return implementation
+
+
+def _ranked(spec: ConvSpec, target: Target) -> list[Implementation]:
+    """All of them, best first."""
+    return sorted(_TABLE.values(), key=lambda i: i.rank(spec, target.platform))
+
+
+def _named(name: str) -> Implementation:
+    if name not in _TABLE:
+        raise ValueError(f"`implementation` must be out of {', '.join(_TABLE)}, got {brief(name)}")
+    return _TABLE[name]
+
+
+def _why_not(
+    implementation: Implementation,
+    op: Op,
+    spec: ConvSpec,
+    target: Target,
+    operands: list[jax.ShapeDtypeStruct],
+) -> str | None:
+    """The reason why an implementation can't run `op`, or None."""
+    if _is_empty(op, _channels_last(spec), *operands):
+        return None
+    home, is_pallas = implementation.platform, implementation.is_pallas
+    if home and target.platform not in (None, home) and not (is_pallas and spec.interpret):
+        return f"it runs on {implementation.device}"
+    if spec.implementation is None:  # by name it runs all the same
+        if target.partitioned and implementation.is_opaque:
+            return "XLA divides the program among devices, and can't look into it"
+        if target.exported and not implementation.is_stable:
+            return "what is exported may run later, and where this package is not"
+    sizes = [size for operand in operands for size in operand.shape]
+    unknown = [size for size in sizes if not isinstance(size, int)]
+    if is_pallas and unknown:
+        return f"it is compiled for one batch size, got {unknown[0]}"
+    return implementation.unsupported(op, _channels_last(spec), target.platform, *operands)
+
+
+def _why_not_compiled(
+    implementation: Implementation,
+    op: Op,
+    spec: ConvSpec,
+    target: Target,
+    operands: list[jax.ShapeDtypeStruct],
+) -> str | None:
+    """The reason why JAX can't compile a kernel, or None: asked where another one may run."""
+    if not implementation.is_pallas or target.platform is None or spec.interpret:
+        return None
+    spec = _channels_last(spec)
+    if _is_empty(op, spec, *operands):
+        return None
+    return _lowering_error(implementation, op, spec, target.platform, *operands)
+
+
+@functools.lru_cache(1024)
+def _lowering_error(
+    implementation: Implementation,
+    op: Op,
+    spec: ConvSpec,
+    platform: str,
+    *operands: jax.ShapeDtypeStruct,
+) -> str | None:
+    run = jax.jit(functools.partial(getattr(implementation, op.name), spec))
+    try:
+        with use_abstract_mesh(AbstractMesh((), ())):
+            run.trace(*operands).lower(lowering_platforms=(platform,))
+    except Exception as error:  # whatever JAX's compilers of kernels raise
+        return f"JAX can't compile it: {brief(error)}"
+    return None
+
+
+def run(op: Op, spec: ConvSpec, target: Target, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Runs `op` on its two operands in the caller's layout, with or without a problem axis.
+
+    A filter without one is shared by the problems of the other operand.
+    """
+    shape = spec.result_shape(op, a.shape, b.shape)
+    if _is_empty(op, spec, a, b):
+        return jnp.zeros(shape, a.dtype)
+    implementation = selected(op, spec, target, a, b)
+    function = getattr(implementation, op.name)
+    if implementation.takes_any_layout:
+        return function(spec, a, b)
+
+    def canonical(a: jax.Array, b: jax.Array) -> jax.Array:
+        operands = []
+        for name, x in zip(op.operands, (a, b), strict=True):
+            if 4 in (a.ndim, b.ndim):
+                x = x.reshape(_one_problem(x.shape))
+            operands.append(jnp.moveaxis(x, 2, 4) if _channels_first(spec, name) else x)
+        result = function(_channels_last(spec), *operands)
+        if _channels_first(spec, op.result):
+            result = jnp.moveaxis(result, 4, 2)
+        return result.reshape(shape)
+
+    if implementation.is_opaque:
+        return canonical(a, b)
+    # Fused into the taps, what computes an operand would run once for each of them: the gradient of
+    # eight layers took 316 ms so, and takes 11 ms.
+    explicit = any(axis for x in (a, b) for axis in jax.typeof(x).sharding.spec)
+    if target.platform == "cpu" and jax.__version_info__ < (0, 12) and not explicit:
+        # There XLA drops the barriers before it fuses, but keeps a branch that it can't predict.
+        # Of a shard one element travels, not the array.
+        first = sum(lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(()) for x in (a, b))
+        always = (first == first) | (first != first)
+        return lax.cond(always, canonical, lambda a, b: lax.full_like(a, 0, shape=shape), a, b)
+    return lax.optimization_barrier(canonical(*lax.optimization_barrier((a, b))))
+
+
+def _is_empty(op: Op, spec: ConvSpec, a: Any, b: Any) -> bool:
+    """Has an operand or the result no element? Then the result is zeros, and nobody is asked."""
+    return 0 in (*a.shape, *b.shape, *spec.result_shape(op, a.shape, b.shape))
+
+
+def _canonical_shapes(op: Op, spec: ConvSpec, a: Any, b: Any) -> list[jax.ShapeDtypeStruct]:
+    """Those of the operands that an implementation would get."""
+    structs = []
+    for name, x in zip(op.operands, (a, b), strict=True):
+        shape = _one_problem(x.shape) if 4 in (a.ndim, b.ndim) else x.shape
+        if _channels_first(spec, name):
+            problems, batch, depth, *spatial = shape
+            shape = (problems, batch, *spatial, depth)
+        structs.append(jax.ShapeDtypeStruct(shape, x.dtype))
+    return structs
+
+
+def _one_problem(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The images of all problems as the batch of one, or the one filter that they share."""
+    return (1, math.prod(shape[:-3]), *shape[-3:])
+
+
+def _channels_last(spec: ConvSpec) -> ConvSpec:
+    return dataclasses.replace(spec, data_format="NHWC")
+
+
+def _channels_first(spec: ConvSpec, operand: str) -> bool:
+    return operand != "f" and spec.data_format == "NCHW"
