@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
 from jax.typing import ArrayLike
 
 from jax_dwbp import _compat, _rules, _select
@@ -240,7 +239,9 @@ class Selection(NamedTuple):
 
     op: str  # "forward", "input_grad", "filter_grad" or "conv_general_dilated", which is lax's
     runs: str | None  # the name of the implementation that runs, None if none of the requested can
-    reasons: dict[str, str | None]  # in order of preference: why each can't run, None where it can
+    # In order of preference: why each can't run, or None. Whether JAX can lower a kernel is known
+    # of those that were tried, of which the one that runs is the last.
+    reasons: dict[str, str | None]
 
 
 def implementations(
@@ -262,8 +263,8 @@ def implementations(
       *args: its arguments. `jax.ShapeDtypeStruct` and arrays of floats, also in containers, are
         traced. Vectors, which may be sizes, and anything else are passed on as they are.
       platform: "cpu", "cuda", "rocm" or "tpu"; by default that of `jax.default_backend()`.
-      exported: whether it is for `jax.export`, which leaves out native_cpu and pallas_gpu, but
-        where they are asked for by name.
+      exported: whether it is for `jax.export`, which leaves out native_cpu and pallas_gpu, and
+        pallas_tpu where arguments are sharded; by name they run all the same.
       **kwargs: its keyword arguments, likewise.
 
     Returns:
@@ -307,6 +308,9 @@ def implementations(
         return fun(*full_args, **full_kwargs)
 
     arrays = [x for x, t in zip(leaves, traced, strict=True) if t]
+    # What is exported is not divided by the rules of this package.
+    shardings = (getattr(x, "sharding", None) for x in arrays)
+    sharded_export = exported and any(s is not None and s.num_devices > 1 for s in shardings)
     selections = []
     for found in _rules.ops_in(call, arrays):
         if isinstance(found, str):
@@ -314,15 +318,9 @@ def implementations(
             selections.append(Selection("conv_general_dilated", "lax", reasons))
         else:
             op, spec, a, b = found
-            target = Target(platform, _is_partly_manual(a.sharding.mesh), exported)
+            target = Target(platform, sharded_export or _compat.is_partly_manual(a), exported)
             selections.append(Selection(op.name, *_select.explain(op, spec, target, a, b)))
     return selections
-
-
-def _is_partly_manual(mesh: Any) -> bool:
-    """Is it that of a `shard_map` that leaves axes to XLA?"""
-    kinds = {kind for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True) if size > 1}
-    return AxisType.Manual in mesh.axis_types and bool(kinds - {AxisType.Manual})
 
 
 def _operands(**operands: Any) -> list[jax.Array]:

@@ -21,7 +21,7 @@ from jax.extend.core import Primitive
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import sdy
 from jax.interpreters import mlir
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 _lock = threading.Lock()
 # What JAX says of a `jvp` of a custom_vjp.
@@ -35,10 +35,10 @@ def is_deleted(x: jax.Array) -> bool:
 class Target(NamedTuple):
     """What an op is lowered for, as far as it is known."""
 
-    platform: str | None  # by the names that lowering rules are registered for; None is any
+    platform: str | None  # the name of one, `_select.OTHER` if it is none of ours, None for any
     partitioned: bool = False  # XLA divides the program among devices
     exported: bool = False  # it has to run where this package is not installed, and later
-    # Of the devices that XLA divides it among, at least one, or why it can't be over a mesh.
+    # Where it is partitioned and not exported: the meshes that it is divided over, or why none is.
     meshes: tuple[AbstractMesh, ...] | str = ()
 
 
@@ -98,6 +98,13 @@ def _meshes_of_main(module: Any) -> list[AbstractMesh]:
                     sizes, names = ((axis.size for axis in axes), (axis.name for axis in axes))
                     found.append(AbstractMesh(tuple(sizes), tuple(names)))
     return found
+
+
+def is_partly_manual(x: Any) -> bool:
+    """Whether x is in a `shard_map` that leaves axes of its mesh to XLA."""
+    mesh = x.sharding.mesh
+    divided = {kind for kind, n in zip(mesh.axis_types, mesh.axis_sizes, strict=True) if n > 1}
+    return AxisType.Manual in mesh.axis_types and bool(divided - {AxisType.Manual})
 
 
 def scopes_of(eqn: Any) -> list[str]:

@@ -76,7 +76,7 @@ def conv_general_dilated(
         with jax.named_scope(f"{LEFT_TO_LAX}{call}"):
             return _LAX(lhs, rhs, *arguments)
     spec, dtype, numbers, crop = call
-    lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
+    lhs, rhs = (x if isinstance(x, jax.Array) else jnp.asarray(x) for x in (lhs, rhs))
     compute_dtype = dtype
     if dtype != lhs.dtype:
         compute_dtype = max(dtype, jnp.dtype("float32"), key=lambda dtype: dtype.itemsize)
@@ -97,17 +97,23 @@ def conv_general_dilated(
         config = none + axes + none if spec.data_format == "NHWC" else none * 2 + axes
         x = lax.pad(x, jnp.zeros((), x.dtype), config)
     y = _rules.apply(
-        x.astype(compute_dtype),
-        f.astype(compute_dtype).reshape(*spec.kernel_spatial, spec.channels, spec.multiplier),
+        _converted(x, compute_dtype),
+        _converted(f, compute_dtype).reshape(*spec.kernel_spatial, spec.channels, spec.multiplier),
         op=FORWARD,
         spec=spec,
         forward_mode=True,
-    ).astype(dtype)
+    )
+    y = _converted(y, dtype)
     if lhs.ndim == 3:
         y = lax.squeeze(y, (1,))
     if y_axes is not None:
         y = lax.transpose(y, y_axes)
     return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
+
+
+def _converted(x: jax.Array, dtype: Any) -> jax.Array:
+    """x.astype(dtype), which takes time where there is nothing to do."""
+    return x if x.dtype == dtype and not x.weak_type else x.astype(dtype)
 
 
 @contextlib.contextmanager

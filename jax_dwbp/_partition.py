@@ -158,7 +158,7 @@ def _rule(op: Op, spec: ConvSpec, axes: dict[str, str]) -> Callable[..., tuple[s
         # In the order in which they first appear, as Shardy has them.
         present = dict.fromkeys(factor for factor in " ".join(terms) if factor.isalpha())
         return f"{terms[0]}, {terms[1]} -> {terms[2]}", {
-            "reduction_factors": tuple(f for f in present if f in "npq" and op is FILTER_GRAD),
+            "reduction_factors": tuple(f for f in present if f in "npq" and op == FILTER_GRAD),
             "need_replication_factors": tuple(f for f in present if f in "rsmuv"),
             **sizes,
         }
@@ -214,7 +214,7 @@ class _Window(NamedTuple):
         size, out, stride, reach, (low, _) = axis.size, axis.out, axis.stride, axis.reach, axis.pads
         if size % parts or out % parts:
             return None
-        if op is INPUT_GRAD:
+        if op == INPUT_GRAD:
             rows, owned, total = size // parts, out // parts, out
             # Every part starts at the same phase, so that one program serves all of them.
             firsts = [part * rows // stride * stride for part in range(parts)]
@@ -303,11 +303,11 @@ def _local(
     )
     summed = [axis for factor in "npq" for axis in divided.get(factor, ())]
     dtype = a.dtype
-    if op is FILTER_GRAD and summed and dtype.itemsize < 4:
+    if op == FILTER_GRAD and summed and dtype.itemsize < 4:
         # So that the sum of the devices is rounded once.
         operands = {name: x.astype("float32") for name, x in operands.items()}
     result = part(spec, *operands.values())
-    if op is FILTER_GRAD:
+    if op == FILTER_GRAD:
         return (lax.psum(result, tuple(summed)) if summed else result).astype(dtype)
     for factor, window in windows.items():
         target = op.result

@@ -84,7 +84,9 @@ def _apply(a: jax.Array, b: jax.Array, *, op: Op, spec: ConvSpec, forward_mode: 
     if precision is None:
         default = jax.config.jax_default_matmul_precision  # pyright: ignore
         precision = PRECISIONS.get(str(default).lower())
-    spec = dataclasses.replace(spec, precision=precision, interpret=interpret.value)
+    spec = dataclasses.replace(
+        spec, precision=precision, interpret=spec.interpret or interpret.value
+    )
     a, b = _same_varying_axes(a, b)
     return (_bind if forward_mode else _reverse_mode)(op, spec, a, b)
 
@@ -279,9 +281,7 @@ def _lower_partitioned(ctx: Any, a: Any, b: Any, op: Op, spec: ConvSpec, target:
     mesh, *others = (_partition.fine_mesh(mesh) for mesh in target.meshes)
     if any(other.axis_sizes != mesh.axis_sizes for other in others):
         return "and by meshes that cut them differently"
-    device = Target(target.platform)
-    _, reasons = _select.explain(op, spec, device, *ctx.avals_in)
-    able = [name for name, reason in reasons.items() if reason is None]
+    able = _select.able(op, spec, Target(target.platform), *ctx.avals_in)
     content = f"{sources()} {op} {spec} {target.platform} {ctx.avals_in} {able}"
     run = functools.partial(_partition.run, op, spec, target)
     return _compat.lower_partitioned(ctx, run, mesh, content, a, b)

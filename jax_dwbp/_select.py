@@ -6,6 +6,7 @@ Implementations see canonical data: layouts, empty operands and single problems 
 import dataclasses
 import functools
 import math
+import warnings
 from typing import Any
 
 import jax
@@ -31,20 +32,26 @@ OTHER = "other"  # one that JAX has by a plugin of someone else's
 def resolve(
     op: Op, spec: ConvSpec, target: Target, a: Any, b: Any
 ) -> tuple[Implementation | None, dict[str, str | None]]:
-    """The implementation that runs `op`, if any, and of those asked, in their order, why not.
+    """The implementation that runs `op`, or None, and for each one asked the reason why it can't.
 
-    Of the operands only the shape and the dtype are read. A platform of None stands for any, so
-    what it can't run nobody can.
+    Of the operands only the shape and the dtype are read. Without a platform these are the reasons
+    that hold on any.
     """
     operands = _canonical_shapes(op, spec, a, b)
-    requested = _ranked(spec, target)
-    if spec.implementation is not None:
+    if spec.implementation is None:
+        requested = _ranked(spec, target)
+    else:
         requested = [_named(name) for name in spec.implementation]
     reasons = {}
-    for implementation in requested:
+    for position, implementation in enumerate(requested, 1):
         reason = _why_not(implementation, op, spec, target, operands)
-        if reason is None and implementation is not requested[-1]:
-            reason = _why_not_compiled(implementation, op, spec, target, operands)
+        others = requested[position:]
+        if (
+            reason is None
+            and _is_compiled(implementation, spec, target)
+            and any(_why_not(other, op, spec, target, operands) is None for other in others)
+        ):
+            reason = _why_not_lowered(implementation, op, spec, target, operands)
         reasons[implementation.name] = reason
         if reason is None:
             return implementation, reasons
@@ -54,7 +61,7 @@ def resolve(
 def explain(
     op: Op, spec: ConvSpec, target: Target, a: Any, b: Any
 ) -> tuple[str | None, dict[str, str | None]]:
-    """The name of what runs `op`, if any, and of all, best first, why not."""
+    """The name of what runs `op`, or None, and of all, best first, the reason why they can't."""
     operands = _canonical_shapes(op, spec, a, b)
     implementation, asked = resolve(op, spec, target, a, b)
     reasons = {
@@ -62,6 +69,13 @@ def explain(
         for i in _ranked(spec, target)
     }
     return implementation and implementation.name, reasons
+
+
+def able(op: Op, spec: ConvSpec, target: Target, a: Any, b: Any) -> list[str]:
+    """The names of those that have no reason, if JAX can lower them."""
+    operands = _canonical_shapes(op, spec, a, b)
+    every = _TABLE.values()
+    return [i.name for i in every if _why_not(i, op, spec, target, operands) is None]
 
 
 def selected(op: Op, spec: ConvSpec, target: Target, a: Any, b: Any) -> Implementation:
@@ -109,37 +123,48 @@ def _why_not(
     return implementation.unsupported(op, _channels_last(spec), target.platform, *operands)
 
 
-def _why_not_compiled(
+def _is_compiled(implementation: Implementation, spec: ConvSpec, target: Target) -> bool:
+    """Does JAX lower a kernel of it, which may fail?"""
+    return implementation.is_pallas and target.platform is not None and not spec.interpret
+
+
+def _why_not_lowered(
     implementation: Implementation,
     op: Op,
     spec: ConvSpec,
     target: Target,
     operands: list[jax.ShapeDtypeStruct],
 ) -> str | None:
-    """The reason why JAX can't compile a kernel, or None: asked where another one may run."""
-    if not implementation.is_pallas or target.platform is None or spec.interpret:
-        return None
+    """The reason why JAX can't lower a kernel, or None."""
     spec = _channels_last(spec)
     if _is_empty(op, spec, *operands):
         return None
-    return _lowering_error(implementation, op, spec, target.platform, *operands)
+    try:
+        _lower(implementation, op, spec, target.platform, *operands)
+    except (RecursionError, MemoryError):  # of now and here, not of the kernel
+        raise
+    except Exception as error:  # whatever JAX's compilers of kernels raise
+        reason = f"JAX can't lower it: {brief(error)}"
+        if spec.implementation is None:
+            message = (
+                f"{op} of a depthwise convolution is not run by {implementation.name}: {reason}"
+            )
+            warnings.warn(message, stacklevel=2)
+        return reason
+    return None
 
 
-@functools.lru_cache(1024)
-def _lowering_error(
+@functools.lru_cache(1024)  # of what succeeds
+def _lower(
     implementation: Implementation,
     op: Op,
     spec: ConvSpec,
     platform: str,
     *operands: jax.ShapeDtypeStruct,
-) -> str | None:
+) -> None:
     run = jax.jit(functools.partial(getattr(implementation, op.name), spec))
-    try:
-        with use_abstract_mesh(AbstractMesh((), ())):
-            run.trace(*operands).lower(lowering_platforms=(platform,))
-    except Exception as error:  # whatever JAX's compilers of kernels raise
-        return f"JAX can't compile it: {brief(error)}"
-    return None
+    with use_abstract_mesh(AbstractMesh((), ())):
+        run.trace(*operands).lower(lowering_platforms=(platform,))
 
 
 def run(op: Op, spec: ConvSpec, target: Target, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -110,7 +110,7 @@ class ConvSpec:
     implementation: tuple[str, ...] | None  # names to try in order; None leaves the choice to us
     interpret: bool = False  # Pallas kernels, on any platform
 
-    # By the names of lax's arguments.
+    # Of all axes, by lax's names.
 
     @property
     def in_spatial(self) -> tuple[int, ...]:
@@ -154,8 +154,8 @@ class ConvSpec:
 class Arguments(NamedTuple):
     """Those of a public function, as its caller gave them.
 
-    `input` and `filter` are the shape of the array where the op takes one, else the sizes. The
-    forward op has no `out_backprop`, of which this is the shape.
+    `input` and `filter` are the shape of the array where the op takes one, else the sizes;
+    `out_backprop` is its shape, None for the forward op.
     """
 
     input: Any

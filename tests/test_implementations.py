@@ -271,18 +271,42 @@ def test_a_kernel_that_can_not_be_compiled_is_left_to_others(op, monkeypatch):
         run = jax.jit(functools.partial(case.run, op, implementation=requested))
         return run.trace(*shapes(case, op)).lower(lowering_platforms=("tpu",)).as_text()
 
-    for requested in (None, ("pallas_tpu", "lax")):
-        found = selection(case, op, "tpu", implementation=requested)
+    for requested in (None, ("pallas_tpu", "lax"), ("pallas_tpu", "pallas_gpu", "lax")):
+        says = contextlib.nullcontext()
+        if requested is None:
+            says = pytest.warns(match=f"{op} of .* not run by pallas_tpu: JAX can't lower it")
+        with says:
+            found = selection(case, op, "tpu", implementation=requested)
         assert found.runs == "lax"
-        assert re.match("JAX can't compile it: .*'unknown'", str(found.reasons["pallas_tpu"]))
-        assert "stablehlo.convolution" in lowered(requested)
-    assert selection(case, op, "tpu", implementation="pallas_tpu").runs == "pallas_tpu"
-    with pytest.raises(NotImplementedError, match="'unknown' not found for platform tpu"):
-        lowered("pallas_tpu")
+        assert re.match("JAX can't lower it: .*'unknown'", str(found.reasons["pallas_tpu"]))
+        with says:
+            assert "stablehlo.convolution" in lowered(requested)
+    for requested in ("pallas_tpu", ("pallas_tpu", "pallas_gpu")):
+        assert selection(case, op, "tpu", implementation=requested).runs == "pallas_tpu"
+        with pytest.raises(NotImplementedError, match="'unknown' not found for platform tpu"):
+            lowered(requested)
+
+
+def test_what_fails_for_want_of_room_is_tried_again(monkeypatch):
+    """It says nothing about the kernel."""
+    case, errors = Case("multiplied", (8, 5, 6, 2), (3, 3, 2, 2)), [RecursionError("deep")]
+    right = _select.PALLAS_TPU
+
+    def deep(spec, x, f):
+        if errors:
+            raise errors.pop()
+        return right.forward(spec, x, f)
+
+    kernel = dataclasses.replace(right, forward=deep)
+    monkeypatch.setitem(_select._TABLE, "pallas_tpu", kernel)
+    with pytest.raises(RecursionError, match="deep"):
+        selection(case, "forward", "tpu")
+    assert selection(case, "forward", "tpu").runs == "pallas_tpu"
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_exported(op):
+    """Where arguments are sharded too: of what is exported each device has no part of its own."""
     a, b = CASE.operands(op)
     for platform, name in (("cpu", "native_cpu"), ("cuda", "pallas_gpu")):
         explain = functools.partial(jax_dwbp.implementations, platform=platform, exported=True)
@@ -292,6 +316,15 @@ def test_exported(op):
         if name in IMPLEMENTATIONS:
             [found] = explain(functools.partial(CASE.run, op, implementation=name), a, b)
             assert found.runs == name
+    mesh = jax.make_mesh((2,), ("i",), devices=jax.devices()[:2])
+    case = dataclasses.replace(CASE, filter=(3, 3, 2, 2))
+    shared = jax.sharding.NamedSharding(mesh, PartitionSpec())
+    sharded = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shared) for x in shapes(case, op)]
+    for operands, runs in ((shapes(case, op), "pallas_tpu"), (sharded, "lax")):
+        [found] = jax_dwbp.implementations(
+            functools.partial(case.run, op), *operands, platform="tpu", exported=True
+        )
+        assert found.runs == runs
 
 
 @pytest.mark.parametrize("axes", ({"i"}, {"i", "j"}))

@@ -1,12 +1,15 @@
 """A call goes down the modules of the package, and imports go the same way."""
 
 import ast
+import importlib.resources
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 import jax_dwbp
+from jax_dwbp import _version
 
 PACKAGE = Path(jax_dwbp.__file__).parent
 # A module imports from the rows below its own, and those of the first row from each other too.
@@ -51,6 +54,18 @@ def test_imports_go_down(path):
     module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
     for name in imported(path):
         assert ROW[name] > ROW[module] or ROW[name] == ROW[module] == 0, (module, name)
+
+
+def test_the_digest_is_of_all_sources(monkeypatch, tmp_path):
+    """By it the compilation cache tells versions apart that divide a program in their own ways."""
+    shutil.copytree(PACKAGE, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(importlib.resources, "files", lambda name: tmp_path)
+    digests = {_version.sources.__wrapped__()}
+    files = list(tmp_path.rglob("*.py"))
+    for file in files:
+        file.write_text(file.read_text() + "# changed")
+        digests.add(_version.sources.__wrapped__())
+    assert len(digests) == len(files) + 1
 
 
 def test_what_jax_does_not_promise_is_in_one_place():

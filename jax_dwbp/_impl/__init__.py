@@ -29,15 +29,15 @@ interpret = jax.make_user_context(os.environ.get("JAX_DWBP_INTERPRET") == "1")
 class Implementation:
     """What the choice knows of an implementation. Of operands it sees the shape and the dtype."""
 
-    name: str  # the stem of its file
+    name: str  # of its file, without the suffix, or of its folder
     # Why it can't run an op on a platform, or None. A platform of None stands for any.
     unsupported: Callable[[Op, ConvSpec, str | None, Any, Any], str | None]
     rank: Callable[[ConvSpec, str | None], int]  # of those that can, the least runs by default
     forward: Callable[[ConvSpec, jax.Array, jax.Array], jax.Array]
     input_grad: Callable[[ConvSpec, jax.Array, jax.Array], jax.Array]
     filter_grad: Callable[[ConvSpec, jax.Array, jax.Array], jax.Array]
-    platform: str | None = None  # the only one that it runs on, and of what kind
-    device: str = ""
+    platform: str | None = None  # the only one that it runs on
+    device: str = ""  # that in words
     is_pallas: bool = False  # JAX compiles it, for one batch size, or interprets it anywhere
     is_opaque: bool = False  # XLA can't look into it, so it can't divide it among devices
     is_stable: bool = True  # JAX promises that what is exported runs later and without this package

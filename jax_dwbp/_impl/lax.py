@@ -13,7 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.lax import conv_general_dilated
+from jax.lax import conv_general_dilated  # lax's own: `in_place_of_lax` may put ours in jax.lax
 
 from jax_dwbp._impl import Implementation
 from jax_dwbp._spec import ConvSpec, Op, Pair
@@ -149,7 +149,8 @@ def _conv(
 
 
 def _rank(spec: ConvSpec, platform: str | None) -> int:
-    # Nothing has been timed on an accelerator: there it runs, and kernels by name.
+    # Nothing has been timed on an accelerator. There it is the first but for what asks to be before
+    # it, where what XLA makes of it is hopeless.
     return 2 if platform == "cpu" else 0
 
 

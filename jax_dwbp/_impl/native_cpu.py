@@ -101,15 +101,15 @@ def _scratch(op: Op, spec: ConvSpec) -> int:
     written_phases = 0
     for axis in spec.axes:
         size, out, stride = axis.size, axis.out, axis.stride
-        phases = 1 if op is INPUT_GRAD else min(stride, axis.kernel)
-        positions = out if op is INPUT_GRAD else -(-size // stride)
-        written = -(-size // stride) if op is INPUT_GRAD else out
-        written_phases += min(stride, size) if op is INPUT_GRAD else 1
+        phases = 1 if op == INPUT_GRAD else min(stride, axis.kernel)
+        positions = out if op == INPUT_GRAD else -(-size // stride)
+        written = -(-size // stride) if op == INPUT_GRAD else out
+        written_phases += min(stride, size) if op == INPUT_GRAD else 1
         reach = axis.reach // stride + 2
         spans.append((phases * min(reach, positions), phases * (min(written, _TILE) + reach)))
     (rows, _), (_, columns) = spans
     r, s = spec.kernel_spatial
-    packed = spec.multiplier if op is INPUT_GRAD else 1
+    packed = spec.multiplier if op == INPUT_GRAD else 1
     lines = packed * rows * columns + spec.multiplier * (r * s + _TILE)
     return _LINE * lines + _TAP * (packed * r + s) + _PHASE * written_phases
 

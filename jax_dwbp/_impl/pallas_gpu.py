@@ -85,7 +85,7 @@ def unsupported(
         padded = axis.size + sum(axis.pads)
         if max(padded, axis.kernel * axis.dilation, axis.stride) >= _MAX_REACH:
             return "strides, dilated filters and the padded input must each span less than 2**30"
-    if op is INPUT_GRAD and math.prod(spec.window_strides) > _MAX_PHASES:
+    if op == INPUT_GRAD and math.prod(spec.window_strides) > _MAX_PHASES:
         return f"strides may have a product of at most {_MAX_PHASES}, got {spec.window_strides}"
     if platform is None:
         return None
@@ -231,14 +231,14 @@ def _tile_sums(op: Op, spec: ConvSpec, source: jax.Array, f: jax.Array) -> jax.A
     rows, cols = axes(op, spec)
     vectors = _vectors(spec)
     # The vectors of dy that a sum of lanes takes.
-    parts = 1 if op is FORWARD else max(1, spec.multiplier // vectors.width)
+    parts = 1 if op == FORWARD else max(1, spec.multiplier // vectors.width)
     # Long sums are sums of rows, which takes registers and an addition for each.
     by_rows = math.prod(spec.kernel_spatial) * parts > _CHAIN
     height, width, is_unrolled = _tile_sizes(rows, cols, by_rows)
     tiles_h, tiles_w = -(-rows.result // height), -(-cols.result // width)
     problems, batch = source.shape[:2]
     lanes = spec.channels * spec.multiplier
-    is_forward = op is FORWARD
+    is_forward = op == FORWARD
     count = lanes // vectors.width if is_forward else spec.channels // vectors.channels
     threads = problems * batch * tiles_h * tiles_w * count
     row_loop = _looped(rows, None if is_unrolled else 1)

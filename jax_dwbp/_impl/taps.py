@@ -34,7 +34,7 @@ class Axis(NamedTuple):
 
 def axes(op: Op, spec: ConvSpec) -> tuple[Axis, Axis]:
     """Of height and width: from x for forward and filter_grad, from dy for input_grad."""
-    rows, columns = map(_input_grad if op is INPUT_GRAD else _forward, spec.axes)
+    rows, columns = map(_input_grad if op == INPUT_GRAD else _forward, spec.axes)
     return rows, columns
 
 

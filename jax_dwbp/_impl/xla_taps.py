@@ -49,13 +49,13 @@ def unsupported(
     r, s = spec.kernel_spatial
     if r * s > _UNROLLED and s > _MAX_COLUMNS:
         return f"filters above {_UNROLLED} taps may have at most {_MAX_COLUMNS} columns, got {s}"
-    if op is INPUT_GRAD and math.prod(spec.window_strides) > _MAX_PHASES:
+    if op == INPUT_GRAD and math.prod(spec.window_strides) > _MAX_PHASES:
         return f"strides may have a product of at most {_MAX_PHASES}, got {spec.window_strides}"
-    if op is INPUT_GRAD and spec.multiplier > _MAX_LANES:
+    if op == INPUT_GRAD and spec.multiplier > _MAX_LANES:
         return f"the depth multiplier may be at most {_MAX_LANES}, got {spec.multiplier}"
     padded = math.prod(map(_padded_size, spec.axes))
     arrays = math.prod(spec.in_spatial) + math.prod(spec.out_spatial)
-    if op is not INPUT_GRAD and padded > _MAX_PADDED * max(1, arrays):
+    if op != INPUT_GRAD and padded > _MAX_PADDED * max(1, arrays):
         return f"nearly all of the padded input may not be padding, got {spec.padding}"
     return None
 

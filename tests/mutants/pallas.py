@@ -83,7 +83,7 @@ FAULTS = [
         ),
         ("if not rows.exist(row)", "if False", f"{TPU} -k infinities"),
         (
-            '"arbitrary" if plan.op is FILTER_GRAD else "parallel"',
+            '"arbitrary" if plan.op == FILTER_GRAD else "parallel"',
             '"parallel"',
             f'{TPU} -k "steps and filter_grad"',
         ),

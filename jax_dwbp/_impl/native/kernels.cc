@@ -227,7 +227,7 @@ INLINE void PackColumns(const Row& row, const Columns& columns, int64_t phase, c
   using T = typename Compute<S>::type;
   int64_t last = 0;
   for (int64_t i = 0; i < count; ++i) last = Max(last, spans[i].end);
-  // In the order of memory, which is read ahead. All spans begin at column 0 and what follows it.
+  // In the order of memory, which is read ahead. The spans begin alike, as phases are below the stride.
   for (int64_t p = spans[0].begin; p < last; ++p) {
     for (int64_t i = 0; i < count; ++i) {
       if (p >= spans[i].end) continue;

@@ -43,7 +43,7 @@ def unsupported(
         return f"a TPU computes in float32 and bfloat16, got {a.dtype}"
     if spec.kernel_spatial[1] > _MAX_COLUMNS:
         return f"filters may have at most {_MAX_COLUMNS} columns, got {spec.kernel_spatial[1]}"
-    if op is INPUT_GRAD and math.prod(spec.window_strides) > _MAX_PHASES:
+    if op == INPUT_GRAD and math.prod(spec.window_strides) > _MAX_PHASES:
         return f"strides may have a product of at most {_MAX_PHASES}, got {spec.window_strides}"
     lanes, most = min(spec.channels, plan.LANES) * spec.multiplier, _MAX_CHUNKS * plan.LANES
     if lanes > most:
@@ -51,7 +51,7 @@ def unsupported(
             f"{plan.LANES} channels, or all, may have at most {most} outputs, got {lanes} by a "
             f"depth multiplier of {spec.multiplier}"
         )
-    batch = (b if op is INPUT_GRAD else a).shape[1]
+    batch = (b if op == INPUT_GRAD else a).shape[1]
     if plan.best_plan(op, spec, batch, a.dtype) is None:
         return f"what a row of the result takes must fit {plan.VMEM[-1]} bytes of VMEM"
     return None

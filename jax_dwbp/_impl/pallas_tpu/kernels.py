@@ -56,8 +56,8 @@ def filter_grad(spec: ConvSpec, x: jax.Array, dy: jax.Array) -> jax.Array:
 
 def _sum_taps(op: Op, spec: ConvSpec, source: jax.Array, f: jax.Array) -> jax.Array:
     plan = _plan_of(op, spec, source)
-    height, width = spec.out_spatial if op is FORWARD else spec.in_spatial
-    channels = spec.channels * (spec.multiplier if op is FORWARD else 1)
+    height, width = spec.out_spatial if op == FORWARD else spec.in_spatial
+    channels = spec.channels * (spec.multiplier if op == FORWARD else 1)
     sizes = dict(zip("gnhwc", (*source.shape[:2], height, width, channels), strict=True))
     shape = tuple(sizes[axis] for axis in plan.view)
     if not plan.taps:
@@ -85,7 +85,7 @@ def _plan_of(op: Op, spec: ConvSpec, source: jax.Array) -> Plan:
 def _call(plan: Plan, kernel: Callable, operands: dict[str, Any], out_shape, out_spec) -> Any:
     arrays, in_specs = zip(*operands.values(), strict=True)
     # filter_grad sums over the images, rows and columns.
-    semantics: Any = "arbitrary" if plan.op is FILTER_GRAD else "parallel"
+    semantics: Any = "arbitrary" if plan.op == FILTER_GRAD else "parallel"
     # A `shard_map` wants to be told.
     out_shape = out_shape.update(manual_axis_type=jax.typeof(arrays[0]).manual_axis_type)
     # Within the kernel all integers have 32 bits.
@@ -224,7 +224,7 @@ def _fill(plan: Plan, ids, source_ref, scratch_ref):
 def _mask_batch(plan: Plan, n, values):
     """Zeros for what a block has beyond the last image, where filter_grad sums over images."""
     block = plan.block["n"]
-    if plan.op is not FILTER_GRAD or plan.batch % block == 0:
+    if plan.op != FILTER_GRAD or plan.batch % block == 0:
         return values
     image = lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 5 + plan.view.index("n"))
     return jnp.where(n * block + image < plan.batch, values, 0.0)
@@ -233,7 +233,7 @@ def _mask_batch(plan: Plan, n, values):
 def _widen(plan: Plan, values) -> list[jax.Array]:
     """Values of C lanes as the registers of C*M lanes, each channel M times in a row."""
     multiplier = plan.spec.multiplier
-    if plan.op is INPUT_GRAD or multiplier == 1:
+    if plan.op == INPUT_GRAD or multiplier == 1:
         return [values[..., i : i + LANES] for i in range(0, values.shape[-1], LANES)]
     return [
         _gather(values, lambda lane, i=i: lax.div(lane + i * LANES, jnp.int32(multiplier)))
@@ -287,7 +287,7 @@ def _gather(values, index: Callable) -> jax.Array:
 def _store(plan: Plan, result_ref, row, columns: Piece, sums):
     """Stores the sums of each phase of the columns, which alternate."""
     phases = len(sums)
-    narrow = [_narrow(plan, s) if plan.op is INPUT_GRAD else s for s in sums]
+    narrow = [_narrow(plan, s) if plan.op == INPUT_GRAD else s for s in sums]
     lanes = result_ref.shape[-1]
 
     def put(values, first):
@@ -296,7 +296,7 @@ def _store(plan: Plan, result_ref, row, columns: Piece, sums):
         at = pl.ds(phases * columns.start, phases * columns.count)
         result_ref[row, at, ..., first : first + size] = values[..., :size].astype(plan.dtype)
 
-    if plan.op is INPUT_GRAD:
+    if plan.op == INPUT_GRAD:
         put(narrow if phases > 1 else narrow[0], 0)
     else:
         for m, values in enumerate(narrow[0]):

@@ -284,7 +284,7 @@ class Plan(NamedTuple):
             "n": self.block["n"],
             "h": self.rows.source,
             "w": self.columns.source,
-            "c": self._lanes(self.op is INPUT_GRAD),
+            "c": self._lanes(self.op == INPUT_GRAD),
         }
         if self.rows.tiles == self.columns.tiles == 1:
             return self._spec(sizes)
@@ -317,7 +317,7 @@ class Plan(NamedTuple):
                 "n": self.block["n"],
                 "h": self.rows.result,
                 "w": ceil_div(self.columns.result, unit) * unit,
-                "c": self._lanes(self.op is not INPUT_GRAD),
+                "c": self._lanes(self.op != INPUT_GRAD),
             }
         )
 
@@ -362,9 +362,8 @@ class Plan(NamedTuple):
         taps = s if self.loops else r * s
         most = min(REGISTERS, _PRODUCTS // taps) // (columns * registers)
         # Interpreted, a CPU compiles them, which takes it seconds for what a TPU does in one.
-        return even_piece(
-            self.rows.tile, 2 if self.spec.interpret else max(1, most)
-        ), columns * unit
+        rows = even_piece(self.rows.tile, 2 if self.spec.interpret else max(1, most))
+        return rows, columns * unit
 
     @property
     def bytes(self) -> int:
