@@ -10,7 +10,6 @@ M depth multiplier.
 import contextlib
 import dataclasses
 import enum
-import math
 import operator
 import reprlib
 from collections.abc import Sequence
@@ -246,7 +245,11 @@ def _cut(text: str) -> str:
 
 def _check_elements(what: str, sizes: Sequence[Any]) -> None:
     """XLA aborts the process at arrays of 2**63 bytes, also where a size of 0 makes them empty."""
-    if math.prod(size or 1 for size in sizes if type(size) is int) >= 2**60:
+    elements = 1
+    for size in sizes:
+        if type(size) is int and size:
+            elements *= size
+    if elements >= 2**60:
         raise ValueError(f"{what} must have less than 2**60 elements, got sizes {tuple(sizes)}")
 
 
@@ -317,6 +320,9 @@ def _integers(name: str, rule: str, value: Any, *, integral_floats: bool = False
         value = list(value)
         integers = []
         for entry in value:
+            if type(entry) is int:  # nearly always, and this is asked at each call
+                integers.append(entry)
+                continue
             if integral_floats and isinstance(entry, float | np.floating) and entry == int(entry):
                 entry = int(entry)
             if isinstance(entry, bool | np.bool_):
