@@ -23,6 +23,7 @@ LAYERS = (
         "_impl.pallas_tpu.__init__",
     ),
     ("_impl.pallas_tpu.kernels",),
+    ("_impl.pallas_tpu.sources",),
     ("_impl.pallas_tpu.plan",),
     ("_impl.taps",),
     ("_impl.__init__",),

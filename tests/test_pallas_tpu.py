@@ -13,8 +13,8 @@ from cases import FRAMEWORKS, LAYERS, OPS, SMALL, TENSORFLOW, XLA, Case
 from jax.extend.core import jaxprs_in_params
 
 from jax_dwbp._impl import pallas_tpu, taps
-from jax_dwbp._impl.pallas_tpu import kernels
 from jax_dwbp._impl.pallas_tpu import plan as planning
+from jax_dwbp._impl.pallas_tpu import sources
 from jax_dwbp._spec import OPS as RECORDS
 
 MB = 1 << 20
@@ -123,9 +123,9 @@ def test_pieces_meet_a_border_or_do_not(op):
 
 
 def test_runs():
-    assert kernels._runs([-1, 0, 1], 1, 4) == [range(-1, 2)]
-    assert kernels._runs([-5, 0, 5], 1, 4) == [range(i, i + 1) for i in (-5, 0, 5)]
-    assert kernels._runs([0, 1, 2, 3, 4], 2, 4) == [range(0, 5, 2), range(1, 4, 2)]
+    assert sources._runs([-1, 0, 1], 1, 4) == [range(-1, 2)]
+    assert sources._runs([-5, 0, 5], 1, 4) == [range(i, i + 1) for i in (-5, 0, 5)]
+    assert sources._runs([0, 1, 2, 3, 4], 2, 4) == [range(0, 5, 2), range(1, 4, 2)]
 
 
 @pytest.mark.parametrize(

@@ -76,11 +76,6 @@ FAULTS = [
     ),
     *faults(
         "_impl/pallas_tpu/kernels.py",
-        (
-            "        zero(r, filled, stop - filled)\n",
-            "",
-            f'{PALLAS} -k "pallas_tpu and forward"',
-        ),
         ("if not rows.exist(row)", "if False", f"{TPU} -k infinities"),
         (
             '"arbitrary" if plan.op == FILTER_GRAD else "parallel"',
@@ -93,24 +88,32 @@ FAULTS = [
             f'{PALLAS} -k "pallas_tpu and input_grad"',
         ),
         (
-            'lax.gather(flat, at[..., None], along, (1, 1), mode="promise_in_bounds")',
-            'jnp.take_along_axis(flat, at, axis=1, mode="promise_in_bounds")',
-            f'{TPU} -k "any_width or one_image"',
-        ),
-        (
             "lax.fori_loop(1, multiplier, lambda m, total",
             "lax.fori_loop(0, multiplier, lambda m, total",
             f"{TPU} -k lanes_of_a_channel",
         ),
         (
-            "offset - last[-1] <= step * width",
-            "offset - last[-1] <= step * width + 1",
-            f"{TPU} -k runs",
-        ),
-        (
             "(before, middle, after)",
             "(after, middle, before)",
             f'{TPU} -k "place and forward"',
+        ),
+    ),
+    *faults(
+        "_impl/pallas_tpu/sources.py",
+        (
+            "        zero(r, filled, stop - filled)\n",
+            "",
+            f'{PALLAS} -k "pallas_tpu and forward"',
+        ),
+        (
+            'lax.gather(flat, at[..., None], along, (1, 1), mode="promise_in_bounds")',
+            'jnp.take_along_axis(flat, at, axis=1, mode="promise_in_bounds")',
+            f'{TPU} -k "any_width or one_image"',
+        ),
+        (
+            "offset - last[-1] <= step * width",
+            "offset - last[-1] <= step * width + 1",
+            f"{TPU} -k runs",
         ),
     ),
 ]
