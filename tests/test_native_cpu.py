@@ -306,7 +306,7 @@ def test_work_is_linear_in_the_taps():
     fresh_process.call(run_long_filters)
 
 
-def growth_of_long_filter(taps):
+def growth(input, filter):
     """Prints the MB that a call takes at most, by which the process grows."""
     import pathlib
 
@@ -319,7 +319,7 @@ def growth_of_long_filter(taps):
         status = pathlib.Path("/proc/self/status").read_text().split()
         return int(status[status.index("VmHWM:") + 1])
 
-    x, f = jnp.ones((1, 1, 4 * taps, 16)), jnp.ones((1, taps, 16, 1))
+    x, f = jnp.ones(input), jnp.ones(filter)
     options = {"strides": (1, 1), "padding": "VALID", "implementation": "native_cpu"}
     run = jax.jit(lambda x, f: jax_dwbp.depthwise_conv2d_native(x, f, **options))
     compiled = run.lower(x, f).compile()
@@ -331,24 +331,39 @@ def growth_of_long_filter(taps):
 
 @compiled
 @pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="asks Linux")
-def test_taps_are_kept_of_one_tile():
-    """A row of these has 293 tiles, each of which meets all taps."""
-    assert float(fresh_process.call(growth_of_long_filter, 8192, XLA_FLAGS="")) < 32
+@pytest.mark.parametrize(
+    ("input", "filter"),
+    [
+        # A row has 293 tiles, each of which meets all taps.
+        ((1, 1, 2**15, 16), (1, 2**13, 16, 1)),
+        # A thread that packed all rows that a band meets would take 16 MB.
+        ((1, 1000, 1100, 15), (900, 1, 15, 1)),
+    ],
+    ids=str,
+)
+def test_memory_is_of_what_a_tile_meets(input, filter):
+    assert float(fresh_process.call(growth, input, filter, XLA_FLAGS="")) < 32
 
 
 @compiled
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("multiplier", [1, 3])
 @pytest.mark.parametrize("shape", [(1, 16, 16, 256), (1, 256, 256, 1)], ids=str)
-def test_each_value_of_half_a_type_is_converted(shape, dtype):
+def test_each_value_of_half_a_type_is_converted(shape, multiplier, dtype):
     """To the product's and back: infinities, NaNs, what overflows, and float16's subnormals.
 
     Those of bfloat16 are float32's, which XLA's threads take for 0.
     """
     x = np.arange(2**16, dtype=np.uint16).view(jnp.dtype(dtype)).reshape(shape)
     factors = np.array([1, 2, 1 / 3], x.dtype)
-    f = np.broadcast_to(factors, (1, 1, shape[-1], 3))
-    y = jax_dwbp.depthwise_conv2d_native(x, f, (1, 1), "SAME", implementation="native_cpu")
-    y = np.asarray(y).reshape(*shape, 3).astype(np.float32)
+    options = {"strides": (1, 1), "padding": "SAME", "implementation": "native_cpu"}
+    parts = [
+        jax_dwbp.depthwise_conv2d_native(
+            x, np.broadcast_to(some, (1, 1, shape[-1], multiplier)), **options
+        ).reshape(*shape, multiplier)
+        for some in np.split(factors, 3 // multiplier)
+    ]
+    y = np.concatenate(parts, -1).astype(np.float32)
     with np.errstate(all="ignore"):  # of NaNs that signal
         want = (x[..., None].astype(np.float32) * factors.astype(np.float32)).astype(dtype)
         want = want.astype(np.float32)
@@ -360,9 +375,10 @@ def test_each_value_of_half_a_type_is_converted(shape, dtype):
 
 @compiled
 @every_op
-def test_long_sums_are_of_short_chains(op):
+@pytest.mark.parametrize("channels", (3, 16))
+def test_long_sums_are_of_short_chains(op, channels):
     """The error grows with the logarithm of the terms. In one chain it is much larger."""
-    case = Case("long_sums", (4, 64, 33, 16), (31, 31, 16, 1))
+    case = Case("long_sums", (4, 64, 33, channels), (31, 31, channels, 1))
     a, b = case.operands(op)
     want = case.expected(op, a, b)
     error = np.asarray(case.run(op, a, b, implementation="native_cpu")) - want
@@ -381,9 +397,10 @@ def test_dilated_rows_of_whole_lines(op):
 
 
 @compiled
-def test_long_sums_of_many_rows_are_of_short_chains():
+@pytest.mark.parametrize("channels", (3, 16))
+def test_long_sums_of_many_rows_are_of_short_chains(channels):
     """In the filter gradient of problems enough that each is one task."""
-    case = Case("many_rows", (1, 4096, 1, 16), (1, 1, 16, 1))
+    case = Case("many_rows", (1, 4096, 1, channels), (1, 1, channels, 1))
     a, b = map(
         np.stack, zip(*(case.operands("filter_grad", seed=i) for i in range(32)), strict=True)
     )
@@ -391,6 +408,94 @@ def test_long_sums_of_many_rows_are_of_short_chains():
     want = np.einsum("gnhwc,gnhwc->gc", a, b, dtype=np.float64).reshape(32, *case.filter)
     error = np.asarray(run(a, b)) - want
     assert np.sqrt(np.mean(error**2) / np.mean(want**2)) < 4 * 2**-24
+
+
+# What vectors of rows meet: rows shorter than a vector and longer, several tiles and bands of them,
+# all numbers of rows that are computed together, filters that are known and not, borders wider than
+# what is read, and filters that meet nothing.
+BY_ROWS = (
+    *(Case(f"rows_{rows}", (2, rows, 6, 1), (3, 3, 1, 1)) for rows in range(1, 14)),
+    *(Case(f"width_{width}", (1, 3, width, 1), (3, 3, 1, 1)) for width in (1, 15, 16, 17, 48, 70)),
+    Case("tall", (2, 300, 300, 1), (5, 4, 1, 1)),
+    Case("dilated", (1, 23, 19, 3), (3, 4, 3, 1), dilations=(3, 2)),
+    Case("dilated_apart", (1, 5, 19, 2), (3, 2, 2, 1), dilations=(7, 5)),
+    Case("tiles", (1, 2, 9000, 1), (2, 5, 1, 1)),
+    Case("bands", (1, 90, 1500, 1), (3, 3, 1, 1), padding="VALID"),
+    Case("long_filter", (1, 1, 300, 2), (1, 64, 2, 1)),
+    Case("many_groups", (1, 40, 20, 3), (33, 17, 3, 1)),
+    Case("wide_border", (1, 3, 5, 3), (3, 3, 3, 1), padding=((4, 6), (7, 9))),
+    Case("cropped", (1, 9, 11, 3), (4, 3, 3, 1), padding=((0, 5), (8, 0))),
+)
+
+
+@compiled
+@every_op
+@pytest.mark.parametrize("case", BY_ROWS, ids=str)
+def test_by_rows(case, op):
+    for dtype, data_format in itertools.product(
+        ("float32", "bfloat16", "float64"), ("NHWC", "NCHW")
+    ):
+        with jax.enable_x64(dtype == "float64"):
+            a, b = case.operands(op, dtype)
+            got = case.run(op, a, b, data_format, implementation="native_cpu")
+        case.check(op, got, case.expected(op, a, b), dtype)
+
+
+@compiled
+@every_op
+@pytest.mark.parametrize("channels", range(1, 17))
+def test_by_rows_of_each_period(op, channels):
+    """Which divides a vector or not; lines of such a row overlap."""
+    case = Case("period", (2, 7, 23, channels), (3, 4, channels, 1))
+    for dtype in ("float16", "bfloat16", "float32", "float64"):
+        with jax.enable_x64(dtype == "float64"):
+            a, b = case.operands(op, dtype)
+            got = case.run(op, a, b, implementation="native_cpu")
+        case.check(op, got, case.expected(op, a, b), dtype)
+
+
+@compiled
+@every_op
+@pytest.mark.parametrize("channels", (1, 3))
+def test_by_rows_of_many_problems(op, channels):
+    """Several of which are one task, and images that share a filter."""
+    case = Case("problem", (3, 8, 8, channels), (3, 3, channels, 1))
+    pairs = [case.operands(op, seed=seed) for seed in range(50)]
+    a, b = map(np.stack, zip(*pairs, strict=True))
+    run = jax.vmap(functools.partial(case.run, op, implementation="native_cpu"))
+    for got, pair in zip(run(a, b), pairs, strict=True):
+        case.check(op, got, case.expected(op, *pair), "float32")
+
+
+@compiled
+@pytest.mark.parametrize("data_format", ("NHWC", "NCHW"))
+@pytest.mark.parametrize("op", ("forward", "input_grad"))
+def test_by_rows_infinities_stay_in_their_windows(op, data_format):
+    """Whatever lies beside them in memory, and whatever is computed in vain."""
+    for channels, shape in itertools.product((1, 3, 5), ((9, 7), (6, 40))):
+        for padding in ("SAME", "VALID", ((3, 2), (4, 5))):
+            case = Case("infinite", (2, *shape, channels), (3, 3, channels, 1), padding=padding)
+            pair = case.operands(op)
+            data = pair[op == "input_grad"]
+            rng = np.random.default_rng(0)
+            marks = (rng.random(data.shape) < 0.02).astype(data.dtype)
+            data[marks > 0] = np.inf
+            ones = np.ones(case.filter, data.dtype)
+            met = case.expected(op, *((marks, ones) if op == "forward" else (ones, marks)))
+            got = case.run(op, *pair, data_format, implementation="native_cpu")
+            np.testing.assert_array_equal(np.isfinite(got), met == 0)
+
+
+@compiled
+@pytest.mark.parametrize("width", (7, 16, 40))
+def test_by_rows_a_filter_gradient_of_infinities(width):
+    """Of the last column, which in this padding only the last column of the filter meets."""
+    for channels in (1, 3, 5):
+        case = Case("infinite", (2, 9, width, channels), (3, 3, channels, 1), padding="VALID")
+        x, dy = case.operands("filter_grad")
+        x[:, :, -1] = np.inf
+        df = case.run("filter_grad", x, dy, implementation="native_cpu")
+        assert np.isfinite(df[:, :2]).all() and not np.isfinite(df[:, 2]).any()
 
 
 def refuse(*arguments, **options):

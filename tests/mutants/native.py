@@ -9,8 +9,13 @@ from mutants.arguments import SANITIZERS
 from mutants.fault import NotPlanted, faults
 
 _FOLDER = Path("_impl/native")
-_NAMES = ("native_cpu.cc", "kernels.cc")
-FILES = tuple(str(_FOLDER / name) for name in _NAMES)
+_NAMES = (
+    *("native_cpu.cc", "kernels.cc"),
+    *("row_schedule.cc", "row_reduction.cc", "row_lanes.cc", "row_sums.cc"),
+)
+_HEADERS = ("runtime.h", "vectors.h")
+FILES = tuple(str(_FOLDER / name) for name in (*_NAMES, *_HEADERS))
+NATIVE_CPU, KERNELS, ROW_SCHEDULE, ROW_REDUCTION, ROW_LANES, ROW_SUMS, RUNTIME, VECTORS = FILES
 # Its names are those of the only kernels, so that nothing chooses among instruction sets.
 _COMPILER = (
     *("g++", "-std=gnu++17", "-O0", "-march=native", "-fPIC", "-fvisibility=hidden"),
@@ -32,8 +37,9 @@ def install(file: str, copy: Path, directory: Path) -> None:
     """
     objects = {name: str(directory / f"{name}.o") for name in _NAMES}
     changed = Path(file).name
-    objects[changed] = str(copy / "changed.o")
-    _run("-c", str(copy / "jax_dwbp" / file), "-o", objects[changed])
+    for name in _NAMES if changed in _HEADERS else (changed,):
+        objects[name] = str(copy / f"{name}.o")
+        _run("-c", str(copy / "jax_dwbp" / _FOLDER / name), "-o", objects[name])
     _run("-shared", *objects.values(), "-o", str(copy / "jax_dwbp/_impl/_native_cpu.so"))
 
 
@@ -51,6 +57,8 @@ PHASES = "tests/test_native_cpu.py -k each_phase"
 LONGER = "tests/test_native_cpu.py -k longer"
 HUGE = "tests/test_native_cpu.py -k huge"
 CHAINS = "tests/test_native_cpu.py -k chains"
+ROWS = "tests/test_native_cpu.py -k by_rows"
+SPANS = "tests/test_native_cpu.py -k memory_is"
 ALL = 'tests/test_values.py tests/test_fuzz.py tests/test_native_cpu.py -k "native_cpu or large"'
 FORWARD, INPUT_GRAD, FILTER_GRAD = (
     f'tests/test_values.py -k "native_cpu and {op}"'
@@ -59,7 +67,7 @@ FORWARD, INPUT_GRAD, FILTER_GRAD = (
 
 FAULTS = [
     *faults(
-        FILES[0],
+        NATIVE_CPU,
         (
             "CeilDiv(read_size - read_phase, read_step) - offset",
             "(read_size - read_phase) / read_step - offset",
@@ -71,9 +79,6 @@ FAULTS = [
             "other.offset == tap.offset + 2",
             "tests/test_native_cpu.py -k rows_of_whole_lines",
         ),
-        ("row(channels_first ? sizes[4]", "row(channels_first ? sizes[3]", LARGE),
-        ("scratch.filter = scratch.tile = -1;", "scratch.tile = -1;", FORWARD),
-        ("scratch.filter = scratch.tile = -1;", "scratch.filter = -1;", FORWARD),
         ("1 - tile - start", "1 - start", LONGER),
         ("values[1] >= 1;", "values[1] >= 0;", FITS),
         ("if (low.size() != 2)", "if (low.size() > 2)", FITS),
@@ -117,9 +122,6 @@ FAULTS = [
             LARGE,
         ),
         ("lines += slot * row_lines", "lines += slot % slots * row_lines", FORWARD),
-        ("if (loop->failed) std::rethrow_exception(loop->error);", "", SANITIZERS),
-        ("if (loop->failed) return;", "", SANITIZERS),
-        ('value != std::string_view("0")', "true", HUGE),
         # A read out of bounds, two threads that write the same, and an overflow: no value changes.
         (
             "std::min(channels - channel, (end - block) * lanes), m_count,",
@@ -138,23 +140,9 @@ FAULTS = [
         ),
     ),
     *faults(
-        FILES[1],
-        (
-            "(bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded",
-            "rounded",
-            CONVERTED,
-            "a NaN of a bfloat16 has no lower bits that would carry",
-        ),
-        ("magnitude < 0x400 ? subnormal : normal", "normal", CONVERTED),
-        ("143u << 23", "144u << 23", CONVERTED),
-        (
-            "CopyFixed<From, To, 2>(from + i, to + i), i += 2",
-            "CopyFixed<From, To, 2>(from + i, to + i), i += 1",
-            ALL,
-        ),
+        KERNELS,
         ("      if (p >= spans[i].end) continue;\n", "", LARGE),
         ("if (kBorder && !(run.lines >> l & 1)) continue;", "", LARGE),
-        ("kChain = 7;", "kChain = 700;", CHAINS),
         (
             "rows_to(0, 1, Min(end, conv.both_end))",
             "rows_to(0, 1, Min(end, conv.both_begin))",
@@ -180,5 +168,64 @@ FAULTS = [
             LARGE,
         ),
         ("(l - k) / kStride >= kColumns", "(l - k) / kStride > kColumns", LARGE),
+    ),
+    *faults(
+        RUNTIME,
+        ("row(channels_first ? sizes[4]", "row(channels_first ? sizes[3]", LARGE),
+        ("scratch.filter = scratch.tile = -1;", "scratch.tile = -1;", FORWARD),
+        ("scratch.filter = scratch.tile = -1;", "scratch.filter = -1;", FORWARD),
+        ("if (loop->failed) std::rethrow_exception(loop->error);", "", SANITIZERS),
+        ("if (loop->failed) return;", "", SANITIZERS),
+        ('value != std::string_view("0")', "true", HUGE),
+    ),
+    *faults(
+        VECTORS,
+        (
+            "to.bits = (bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded",
+            "to.bits = rounded",
+            CONVERTED,
+            "a NaN of a bfloat16 has no lower bits that would carry",
+        ),
+        ("magnitude < 0x400 ? subnormal : normal", "normal", CONVERTED),
+        ("to.bits = sign | (magnitude >= (143u", "to.bits = sign | (magnitude >= (144u", CONVERTED),
+        (
+            "CopyFixed<From, To, 2>(from + i, to + i), i += 2",
+            "CopyFixed<From, To, 2>(from + i, to + i), i += 1",
+            ALL,
+        ),
+        ("kChain = 7;", "kChain = 700;", CHAINS),
+        ("return sign | (magnitude >= (143u", "return sign | (magnitude >= (144u", CONVERTED),
+        ("reinterpret_cast<Floats>(bits << 16)", "reinterpret_cast<Floats>(bits << 15)", CONVERTED),
+    ),
+    *faults(
+        ROW_SCHEDULE,
+        ("axis->in + 64) return false;", "axis->in + 64) continue;", SANITIZERS),
+        ("std::exchange(scratch.filter, filter) != filter", "scratch.filter++ < 0", ROWS),
+        ("window.has_zeros ? 0 : begin * period", "0", ROWS),
+        ("(rows - end) * row_bytes", "0", ROWS),
+        ("sizeof(Line)) > kMostBytes", "sizeof(Line)) > 1000 * kMostBytes", SPANS),
+        ("CeilDiv(part.rows - row, dilation)", "part.rows / dilation", ROWS),
+        ("call.channels_first ||", "", ROWS, "another kernel computes the same"),
+    ),
+    *faults(
+        ROW_REDUCTION,
+        ("values % plan.line_step != rest ||", "", ROWS),
+        ("std::max<int64_t>(0, row + call.rows.first)", "row + call.rows.first", SANITIZERS),
+        ("kFoldLines = 2048", "kFoldLines = int64_t{1} << 40", CHAINS),
+    ),
+    *faults(
+        ROW_LANES,
+        ("weights.flipped ? weights.taps - 1 - tap : tap", "tap", ROWS),
+        ("to[l] = to[l - weights.period]", "to[l] = to[0]", ROWS),
+        ("if (o < rows) StoreLine", "StoreLine", SANITIZERS),
+        ("rows - l * block.rows_of_line", "rows", SANITIZERS),
+        ("for (; groups >> level & 1; ++level) total.Add(pairs[level]);", "", ROWS),
+    ),
+    *faults(
+        ROW_SUMS,
+        ("fold.values / fold.period", "kLanes<T> / fold.period", ROWS),
+        ("Min(met / corr.row_dilation, rows - 1)", "rows - 1", SANITIZERS),
+        ("late <= 0 ? 0 :", "true ? 0 :", SANITIZERS),
+        ("chained + corr.lines > kChainLines", "false", CHAINS),
     ),
 ]

@@ -22,7 +22,7 @@ COMPILE = (
     *("g++", "-std=gnu++17", "-O0", "-g1", "-march=native", "-pthread", "-Wall", "-Wextra"),
     *["-DJAX_DWBP_X86"] * (platform.machine() == "x86_64"),
     *("-isystem", jax.ffi.include_dir()),
-    *(str(HERE / "driver.cc"), str(NATIVE / "native_cpu.cc"), str(NATIVE / "kernels.cc")),
+    *(str(HERE / "driver.cc"), *map(str, sorted(NATIVE.glob("*.cc")))),
 )
 # For each its options, and what the driver runs.
 SANITIZERS = {

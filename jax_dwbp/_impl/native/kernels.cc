@@ -1,40 +1,25 @@
 // The vector code, in the vector types of GCC and Clang.
 //
-// This file is compiled for several instruction sets and linked to one library. So it includes no
-// header with inline functions, and all but the table has internal linkage: the linker must not take
-// a function for a baseline CPU from the AVX-512 object.
+// This file is compiled for several instruction sets and linked to one library. So all but the table has
+// internal linkage, in the headers that it includes too: the linker must not take a function for a
+// baseline CPU from the AVX-512 object.
 
 #include "kernels.h"
-
-#define INLINE inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 32")
-// Keeps a value that is used twice in a register; else it is loaded twice.
-#if defined(__aarch64__)
-#define IN_REGISTER(v) asm("" : "+w"(v))
-#else
-#define IN_REGISTER(v) asm("" : "+v"(v))
-#endif
-// Keeps a pointer as it is; else one is kept for each constant that is added to it.
-#define AS_POINTER(p) asm("" : "+r"(p))
+#include "row_lanes.h"
+#include "vectors.h"
 
 // ROWS rows of COLUMNS columns of a result, and the sums of TAPS taps, are held in registers: a line
 // each, in 16 registers or, with AVX-512 and on arm64, 32. 7 divides the sizes of ImageNet's feature
 // maps.
 #if defined(__AVX512F__)
-#define KERNELS Avx512Kernels
-#define VECTOR_BYTES 64
 #define ROWS 2
 #define COLUMNS 7
 #define TAPS 14
 #elif defined(__AVX2__)
-#define KERNELS Avx2Kernels
-#define VECTOR_BYTES 32
 #define ROWS 1
 #define COLUMNS 7
 #define TAPS 7
 #else
-#define KERNELS BaselineKernels
-#define VECTOR_BYTES 16
 #define ROWS 1
 #if defined(__aarch64__)
 #define COLUMNS 6
@@ -48,15 +33,6 @@
 namespace jax_dwbp {
 namespace {
 
-constexpr int kVectors = 64 / VECTOR_BYTES;
-// A running sum has about kChain products: two rows of the filter at least, or one of kLongRow taps or
-// more. Such sums are added pairwise, so that a rounding error grows with the logarithm of the filter's
-// size. By single rows, filters of 5 to 15 columns would take 1.1 to 1.2 times as long, for a mean error
-// of 0.55 instead of 0.61 half ulps; what adds up 7x7 products in one chain has 1.3.
-constexpr int64_t kChain = 7;
-constexpr int64_t kLongRow = 16;
-// Levels of pairs, for up to 2**24 rows: more than the scratch that is allowed has lines.
-constexpr int kLevels = 24;
 // Filters with more columns skip those that meet only padding.
 constexpr int64_t kSkip = 8;
 // Rows of the filter whose sums over columns are held in registers, where lines are loaded once for them.
@@ -66,87 +42,6 @@ constexpr int kFetched = 4;
 // What has more is packed, and there the border is only an optimization.
 constexpr int64_t kBorderTaps = 64;
 static_assert(kInPlaceTaps <= kBorderTaps && COLUMNS <= 8);
-
-template <typename T>
-struct Vector {
-  typedef T type __attribute__((vector_size(VECTOR_BYTES), may_alias));
-  typedef T unaligned __attribute__((vector_size(VECTOR_BYTES), may_alias, aligned(sizeof(T))));
-};
-
-struct Half {
-  uint16_t bits;
-};
-struct Brain {
-  uint16_t bits;
-};
-
-INLINE float AsFloat(uint32_t bits) {
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
-
-INLINE uint32_t AsBits(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
-  return bits;
-}
-
-INLINE void Convert(float from, float& to) { to = from; }
-INLINE void Convert(double from, double& to) { to = from; }
-
-INLINE void Convert(Brain from, float& to) { to = AsFloat(uint32_t{from.bits} << 16); }
-
-INLINE void Convert(float from, Brain& to) {
-  const uint32_t bits = AsBits(from);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  to.bits = (bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded;
-}
-
-// Half types by integer arithmetic, since XLA's threads flush subnormal floats to zero.
-INLINE void Convert(Half from, float& to) {
-  const uint32_t sign = (from.bits & 0x8000u) << 16, magnitude = from.bits & 0x7fffu;
-  const uint32_t normal = (magnitude << 13) + ((magnitude >= 0x7c00 ? 224u : 112u) << 23);
-  const uint32_t subnormal = AsBits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
-  to = AsFloat(sign | (magnitude < 0x400 ? subnormal : normal));
-}
-
-INLINE void Convert(float from, Half& to) {
-  const uint32_t bits = AsBits(from), sign = bits >> 31 << 15, magnitude = bits & 0x7fffffff;
-  // Below 2**-14 the last bit of a half is that of a sum with 0.5.
-  const uint32_t subnormal = AsBits(AsFloat(magnitude) + 0.5f) - AsBits(0.5f);
-  const uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
-  const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
-  to.bits = sign | (magnitude >= (143u << 23) ? special : finite);
-}
-
-template <typename T>
-struct Compute {
-  using type = float;
-};
-template <>
-struct Compute<double> {
-  using type = double;
-};
-
-template <typename From, typename To, int count>
-INLINE void CopyFixed(const From* from, To* to) {
-  for (int i = 0; i < count; ++i) Convert(from[i], to[i]);
-}
-
-// Fewer than 16 values, by halves.
-template <typename From, typename To>
-INLINE void CopyTail(const From* from, To* to, int64_t count) {
-  int64_t i = 0;
-  if (count & 8) CopyFixed<From, To, 8>(from + i, to + i), i += 8;
-  if (count & 4) CopyFixed<From, To, 4>(from + i, to + i), i += 4;
-  if (count & 2) CopyFixed<From, To, 2>(from + i, to + i), i += 2;
-  if (count & 1) CopyFixed<From, To, 1>(from + i, to + i);
-}
-
-INLINE constexpr int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE constexpr int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // The lines of a phase that are not padding.
 struct Span {
@@ -373,11 +268,6 @@ struct Fetch {
   }
 };
 
-template <int i>
-struct Index {
-  static constexpr int value = i;
-};
-
 template <typename T, int kRows, int kColumns>
 struct Sums {
   typename Vector<T>::type of[kRows][kColumns][kVectors];
@@ -424,11 +314,6 @@ constexpr int kFewer = 0 < F::kTaps && F::kTaps <= 3 && kVectors == 1 ? (kMost<F
 // Lines that are read for some columns.
 template <typename F, int kColumns>
 constexpr int kLines = F::kStride * (kColumns - 1) + F::kTaps;
-
-template <typename T>
-INLINE typename Vector<T>::type Load(const char* from) {
-  return *reinterpret_cast<const typename Vector<T>::unaligned*>(from);
-}
 
 // Adds what a row of the filter gives to the rows `first` to `last` of the result. At a border some of
 // what taps read isn't there: the products with it are left out.
@@ -510,11 +395,6 @@ INLINE void AddSums(Sums<T, kRows, kColumns>& sums, const Sums<T, kRows, kColumn
       UNROLL for (int v = 0; v < kVectors; ++v) sums.of[i][j][v] += others.of[i][j][v];
     }
   }
-}
-
-// The rows of some taps that make a running sum.
-INLINE constexpr int64_t ChainRows(int64_t taps) {
-  return Max(kChain / taps, taps < kLongRow ? 2 : 1);
 }
 
 // What rows r = 0, 1, ... of the filter give; add(sums, r, first, last) adds one of them. Where the rows
@@ -939,15 +819,18 @@ void Add(Line* a, const Line* b, int64_t lines) {
 }
 
 template <typename S>
-constexpr Kernels Table() {
+constexpr Kernels Table(Type type) {
   using T = typename Compute<S>::type;
-  return {64 / sizeof(T), sizeof(S), ROWS, Pack<S>, Emit<S>, Convolve<T>, Correlate<T>, Add<T>};
+  return {64 / sizeof(T), sizeof(S),    ROWS,   Pack<S>, Emit<S>,
+          Convolve<T>,    Correlate<T>, Add<T>, &OF_INSTRUCTION_SET(RowKernels)[static_cast<int>(type)],
+          &OF_INSTRUCTION_SET(RowSums)[static_cast<int>(type)]};
 }
 
-constexpr Kernels kTables[] = {Table<Half>(), Table<Brain>(), Table<float>(), Table<double>()};
+constexpr Kernels kTables[] = {Table<Half>(Type::kFloat16), Table<Brain>(Type::kBFloat16),
+                               Table<float>(Type::kFloat32), Table<double>(Type::kFloat64)};
 
 }  // namespace
 
-const Kernels& KERNELS(Type type) { return kTables[static_cast<int>(type)]; }
+const Kernels& OF_INSTRUCTION_SET(Kernels)(Type type) { return kTables[static_cast<int>(type)]; }
 
 }  // namespace jax_dwbp

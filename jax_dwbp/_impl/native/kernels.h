@@ -13,6 +13,9 @@
 
 namespace jax_dwbp {
 
+struct RowKernels;
+struct RowSums;
+
 struct alignas(64) Line {
   unsigned char bytes[64];
 };
@@ -99,7 +102,8 @@ struct Correlation {
   int64_t sum_lines;
 };
 
-// Of one instruction set and one data type. Half types are packed to float32.
+// Of one instruction set and one data type. Half types are packed to float32. Those of rows are in
+// row_lanes.h.
 struct Kernels {
   int64_t lanes;         // values in a line
   int64_t element_size;  // of the caller's arrays
@@ -112,6 +116,8 @@ struct Kernels {
   void (*correlate)(const Correlation&);
   // a[i] += b[i]
   void (*add)(Line* a, const Line* b, int64_t lines);
+  const RowKernels* row_lanes;
+  const RowSums* row_sums;
 };
 
 enum class Type { kFloat16, kBFloat16, kFloat32, kFloat64 };

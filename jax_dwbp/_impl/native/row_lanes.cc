@@ -1,0 +1,328 @@
+// The vector code of rows. What kernels.cc says of instruction sets and linkage holds here too.
+
+#include "row_lanes.h"
+
+#include "kernels.h"
+#include "vectors.h"
+
+// kRows rows of kLines lines of a result are held in registers: twice, as a running sum and as the sum of
+// those before it. What is loaded for one row of the filter serves as many rows of the result.
+#if defined(__AVX512F__)
+#define ROWS 4
+#define LINES 3
+#define LINES_OF_ONE 4
+#elif defined(__AVX2__) || defined(__aarch64__)
+#define ROWS 2
+#define LINES 1
+#define LINES_OF_ONE 2
+#else
+#define ROWS 1
+#define LINES 1
+#define LINES_OF_ONE 1
+#endif
+
+namespace jax_dwbp {
+namespace {
+
+// So many running sums are added one after the other, then such sums pairwise.
+constexpr int64_t kGroup = 4;
+// Taps of a long row that make a running sum.
+constexpr int64_t kRowPart = 16;
+
+template <typename T>
+constexpr int64_t kLanes = 64 / sizeof(T);
+
+// What a line has, or the first values of it.
+template <typename S, typename T>
+INLINE void LoadLine(const S* from, T* to) {
+  constexpr int kStep = VECTOR_BYTES / sizeof(T);
+  UNROLL for (int v = 0; v < kVectors; ++v) {
+    typename Vector<T>::type values;
+    if constexpr (sizeof(S) == sizeof(T)) {
+      values = Load<T>(reinterpret_cast<const char*>(from + v * kStep));
+    } else {
+      const HalfWords bits = *reinterpret_cast<const HalfWordsAnywhere*>(from + v * kStep);
+      values = Widen(__builtin_convertvector(bits, Words), S());
+    }
+    *reinterpret_cast<typename Vector<T>::unaligned*>(to + v * kStep) = values;
+  }
+}
+
+template <typename S>
+void CopyRows(const RowCopy& copy) {
+  using T = typename Compute<S>::type;
+  const S* from = static_cast<const S*>(copy.from);
+  T* to = reinterpret_cast<T*>(copy.to) + copy.first;
+  for (int64_t row = 0; row < copy.rows; ++row, from += copy.from_step, to += copy.to_step) {
+    if (copy.before) __builtin_memset(to - copy.before, 0, copy.before * sizeof(T));
+    if (copy.after) __builtin_memset(to + copy.count, 0, copy.after * sizeof(T));
+    int64_t i = 0;
+    for (; i + kLanes<T> <= copy.count; i += kLanes<T>) LoadLine(from + i, to + i);
+    if (i == copy.count) continue;
+    if constexpr (sizeof(S) == sizeof(T)) {
+      CopySome(from + i, to + i, copy.count - i);
+    } else {
+      S some[kLanes<T>] = {};
+      T values[kLanes<T>];
+      CopySome(from + i, some, copy.count - i);
+      LoadLine(some, values);
+      CopySome(values, to + i, copy.count - i);
+    }
+  }
+}
+
+template <typename S>
+void PackWeights(const RowWeights& weights) {
+  using T = typename Compute<S>::type;
+  const S* from = static_cast<const S*>(weights.from);
+  T* to = reinterpret_cast<T*>(weights.to);
+  for (int64_t tap = 0; tap < weights.taps; ++tap, to += kLanes<T>) {
+    const S* values = from + (weights.flipped ? weights.taps - 1 - tap : tap) * weights.tap_step;
+    if (weights.period == 1) {
+      T value;
+      Convert(*values, value);
+      for (int64_t l = 0; l < kLanes<T>; ++l) to[l] = value;
+      continue;
+    }
+    for (int64_t l = 0; l < weights.period; ++l) Convert(values[l], to[l]);
+    for (int64_t l = weights.period; l < kLanes<T>; ++l) to[l] = to[l - weights.period];
+  }
+}
+
+template <typename T, int kRows, int kLines>
+struct Sums {
+  typename Vector<T>::type of[kRows][kLines][kVectors];
+
+  // What was added is added before what comes next: else more is loaded at once than there are registers.
+  INLINE void KeepOrder() {
+    UNROLL for (int o = 0; o < kRows; ++o) {
+      UNROLL for (int l = 0; l < kLines; ++l) {
+        UNROLL for (int v = 0; v < kVectors; ++v) IN_ORDER(of[o][l][v]);
+      }
+    }
+  }
+  INLINE void Add(const Sums& others) {
+    UNROLL for (int o = 0; o < kRows; ++o) {
+      UNROLL for (int l = 0; l < kLines; ++l) {
+        UNROLL for (int v = 0; v < kVectors; ++v) of[o][l][v] += others.of[o][l][v];
+      }
+    }
+  }
+};
+
+// A filter's sizes, if they are known when this is compiled, or 0.
+template <int rows = 0, int columns = 0>
+struct Known {
+  static constexpr int kRows = rows, kColumns = columns;
+};
+
+// Adds what some taps of a row of the filter give to the rows `first` to `last` of the
+// result; row `first` meets it by row r of the filter, the next by r - 1.
+template <typename T, int kRows, int kLines>
+INLINE void AddTap(Sums<T, kRows, kLines>& sums, const T* read, int64_t line_step, const T* weight,
+                   int64_t row_weights, int first, int last) {
+  using V = typename Vector<T>::type;
+  constexpr int kStep = VECTOR_BYTES / sizeof(T);
+  UNROLL for (int v = 0; v < kVectors; ++v) {
+    V x[kLines];
+    UNROLL for (int l = 0; l < kLines; ++l) {
+      x[l] = Load<T>(reinterpret_cast<const char*>(read + l * line_step + v * kStep));
+      if (first < last) IN_ORDER(x[l]);
+    }
+    UNROLL for (int o = 0; o < kRows; ++o) {
+      if (o < first || o > last) continue;
+      V w = *reinterpret_cast<const V*>(weight - (o - first) * row_weights + v * kStep);
+      if (kLines > 1) IN_ORDER(w);
+      UNROLL for (int l = 0; l < kLines; ++l) sums.of[o][l][v] += x[l] * w;
+    }
+  }
+}
+
+// The sums of a filter of any size.
+template <typename T, int kRows, int kLines>
+INLINE Sums<T, kRows, kLines> SumAny(const RowConvolution& conv, const T* in, int64_t line) {
+  const T* const weights = reinterpret_cast<const T*>(conv.weights);
+  const int64_t columns = conv.kernel_columns;
+  const int64_t parts = columns < kLongRow ? 1 : (columns + kRowPart - 1) / kRowPart;
+  const int64_t chain_rows = ChainRows(columns), steps = conv.kernel_rows + kRows - 1;
+  Sums<T, kRows, kLines> total = {}, sums = {}, pairs[kLevels];
+  int64_t chained = 0, chains = 0, groups = 0;
+  for (int64_t i = 0; i < steps; ++i) {
+    const int64_t first = Max(0, i - conv.kernel_rows + 1), last = Min(i, kRows - 1);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t begin = part * columns / parts, taps = (part + 1) * columns / parts - begin;
+      const T* const read = in + i * conv.in_step + begin * conv.tap_step;
+      const T* const weight = weights + ((i - first) * columns + begin) * kLanes<T>;
+      WithRows<kRows>(first, last, [&](auto first, auto last) __attribute__((always_inline)) {
+        constexpr int kFirst = decltype(first)::value, kLast = decltype(last)::value;
+        const T *x = read, *w = weight;
+        for (int64_t s = 0; s < taps; ++s, x += conv.tap_step, w += kLanes<T>) {
+          AddTap(sums, x, line, w, columns * kLanes<T>, kFirst, kLast);
+        }
+      });
+      if (++chained < chain_rows) continue;
+      total.Add(sums);
+      sums = {};
+      chained = 0;
+      if (++chains < kGroup) continue;
+      // Like a binary counter: where a bit is set, a sum of as many groups waits for its pair.
+      int level = 0;
+      for (; groups >> level & 1; ++level) total.Add(pairs[level]);
+      pairs[level] = total;
+      total = {};
+      chains = 0;
+      ++groups;
+    }
+  }
+  total.Add(sums);
+  for (int level = 0; groups >> level; ++level) {
+    if (groups >> level & 1) total.Add(pairs[level]);
+  }
+  return total;
+}
+
+// The sums of a filter of few taps, without a branch.
+template <typename T, typename F, int kRows, int kLines>
+INLINE Sums<T, kRows, kLines> SumKnown(const RowConvolution& conv, const T* in, int64_t line) {
+  using V = typename Vector<T>::type;
+  constexpr int kChainRows = ChainRows(F::kColumns);
+  const T* const weights = reinterpret_cast<const T*>(conv.weights);
+  Sums<T, kRows, kLines> total = {}, sums = {};
+  UNROLL for (int i = 0; i < kRows + F::kRows - 1; ++i, in += conv.in_step) {
+    const T* read = in;
+    AS_POINTER(read);
+    UNROLL for (int o = 0; o < kRows; ++o) {
+      const int r = i - o;
+      if (r < 0 || r >= F::kRows || r % kChainRows) continue;
+      UNROLL for (int l = 0; l < kLines; ++l) {
+        UNROLL for (int v = 0; v < kVectors; ++v) {
+          if (r > 0) total.of[o][l][v] += sums.of[o][l][v];
+          sums.of[o][l][v] = V{};
+        }
+      }
+    }
+    const int first = Max(0, i - F::kRows + 1), last = Min(i, kRows - 1);
+    const T* weight = weights + (i - first) * F::kColumns * kLanes<T>;
+    AS_POINTER(weight);
+    UNROLL for (int s = 0; s < F::kColumns; ++s, read += conv.tap_step, weight += kLanes<T>) {
+      AddTap(sums, read, line, weight, F::kColumns * kLanes<T>, first, last);
+      AS_POINTER(read);
+    }
+    sums.KeepOrder();
+  }
+  total.Add(sums);
+  return total;
+}
+
+template <typename S, typename T>
+INLINE void StoreWholeLine(const typename Vector<T>::type (&line)[kVectors], S* to) {
+  constexpr int kStep = VECTOR_BYTES / sizeof(T);
+  UNROLL for (int v = 0; v < kVectors; ++v) {
+    if constexpr (sizeof(S) == sizeof(T)) {
+      *reinterpret_cast<typename Vector<T>::unaligned*>(to + v * kStep) = line[v];
+    } else {
+      *reinterpret_cast<HalfWordsAnywhere*>(to + v * kStep) =
+          __builtin_convertvector(Narrow(line[v], S()), HalfWords);
+    }
+  }
+}
+
+// Stores the first `count` values of a line.
+template <typename S, typename T>
+INLINE void StoreLine(const typename Vector<T>::type (&line)[kVectors], int64_t count, S* to) {
+  if (count >= kLanes<T>) return StoreWholeLine<S, T>(line, to);
+  S values[kLanes<T>];
+  StoreWholeLine<S, T>(line, values);
+  CopySome(values, to, count);
+}
+
+// Lines of a result that are computed together: side by side or, of the same columns, from one row of
+// lines to the next. Then come as many others beside them.
+template <typename S>
+struct Block {
+  const typename Compute<S>::type* in;
+  S* out;
+  int64_t in_line, out_line;    // from one line to the next
+  int64_t rows, rows_of_line;   // of the result, of which the first line has the first ones
+  int64_t values;               // of each line
+  int64_t blocks, step;         // beside each other
+};
+
+template <typename S, typename F, int kRows, int kLines>
+__attribute__((noinline)) void ConvolveBlocks(const RowConvolution& convolution, Block<S> block) {
+  using T = typename Compute<S>::type;
+  // A copy, which no result that is stored may change.
+  const RowConvolution conv = convolution;
+  for (int64_t i = 0; i < block.blocks; ++i, block.in += block.step, block.out += block.step) {
+    Sums<T, kRows, kLines> sums;
+    if constexpr (F::kRows > 0) {
+      sums = SumKnown<T, F, kRows, kLines>(conv, block.in, block.in_line);
+    } else {
+      sums = SumAny<T, kRows, kLines>(conv, block.in, block.in_line);
+    }
+    UNROLL for (int l = 0; l < kLines; ++l) {
+      S* const out = block.out + l * block.out_line;
+      const int64_t rows = block.rows - l * block.rows_of_line;
+      UNROLL for (int o = 0; o < kRows; ++o) {
+        if (o < rows) StoreLine<S, T>(sums.of[o][l], block.values, out + o * conv.out_step);
+      }
+    }
+  }
+}
+
+// The template of a number of lines that is known when it runs.
+template <typename S, typename F, int kRows, int kLines>
+INLINE void ConvolveStacked(const RowConvolution& conv, const Block<S>& block, int64_t lines) {
+  if constexpr (kLines > 1) {
+    if (lines != kLines) return ConvolveStacked<S, F, kRows, kLines - 1>(conv, block, lines);
+  }
+  ConvolveBlocks<S, F, kRows, kLines>(conv, block);
+}
+
+template <typename S, typename F, int kRows, int kLines>
+void ConvolveRows(const RowConvolution& conv) {
+  using T = typename Compute<S>::type;
+  const T* in = reinterpret_cast<const T*>(conv.in) + conv.first;
+  S* out = static_cast<S*>(conv.out);
+  const int64_t whole_lines = conv.width < kLanes<T> ? 0 : (conv.width - kLanes<T>) / conv.line_step + 1;
+  const int64_t blocks = whole_lines / kLines, step = kLines * conv.line_step;
+  for (int64_t rows = conv.rows; rows > 0; rows -= kRows * kLines) {
+    const int64_t lines = Min((rows + kRows - 1) / kRows, kLines);
+    for (int64_t line = 0; line < lines && blocks > 0; ++line) {
+      const int64_t row = line * kRows;
+      ConvolveBlocks<S, F, kRows, kLines>(
+          conv, {in + row * conv.in_step, out + row * conv.out_step, conv.line_step, conv.line_step,
+                 rows - row, 0, kLanes<T>, blocks, step});
+    }
+    // What is left of the columns.
+    for (int64_t j = blocks * step; j < conv.width; j += conv.line_step) {
+      ConvolveStacked<S, F, kRows, kLines>(
+          conv, {in + j, out + j, kRows * conv.in_step, kRows * conv.out_step, rows, kRows,
+                 conv.width - j, 1, 0}, lines);
+    }
+    in += kRows * kLines * conv.in_step, out += kRows * kLines * conv.out_step;
+  }
+}
+
+template <typename S>
+void Convolve(const RowConvolution& conv) {
+  if (conv.by_row) return ConvolveRows<S, Known<>, 1, LINES_OF_ONE>(conv);
+  if constexpr (sizeof(typename Compute<S>::type) == 4) {
+    if (conv.kernel_rows == 3 && conv.kernel_columns == 3) {
+      return ConvolveRows<S, Known<3, 3>, ROWS, LINES>(conv);
+    }
+  }
+  ConvolveRows<S, Known<>, ROWS, LINES>(conv);
+}
+
+template <typename S>
+constexpr RowKernels Table() {
+  return {ROWS, CopyRows<S>, PackWeights<S>, Convolve<S>};
+}
+
+}  // namespace
+
+const RowKernels OF_INSTRUCTION_SET(RowKernels)[4] = {Table<Half>(), Table<Brain>(), Table<float>(),
+                                                       Table<double>()};
+
+}  // namespace jax_dwbp

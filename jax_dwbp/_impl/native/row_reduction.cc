@@ -1,0 +1,163 @@
+// The filter gradient by rows. A filter's sum is taken of units, parts of an image that stay in the cache.
+
+#include "row_lanes.h"
+#include "row_schedule.h"
+
+namespace jax_dwbp {
+namespace {
+
+// The result may not depend on the number of threads: this many parts of it, at least, are summed by
+// themselves, of which the sums take at most so many bytes.
+constexpr int64_t kParts = 32;
+constexpr int64_t kPartBytes = 4 << 20;
+// Of so many lines the sums join those of others.
+constexpr int64_t kFoldLines = 2048;
+
+// How the work is cut. All but the threads is fixed by the shapes.
+struct SumPlan {
+  const RowCall& call;
+  int64_t period, lanes, line_step;
+  int64_t taps, filters;
+  int64_t column, columns;  // of dy that meet more than padding
+  int64_t tile, tiles;      // columns
+  int64_t band, bands;      // rows
+  int64_t in_step, dy_step;
+  int64_t units, parts;     // of a filter
+  int64_t threads, group;   // filters of a task
+  int64_t in_lines, dy_lines, fold_lines, lines;
+
+  SumPlan(const RowCall& call, int64_t pool_threads)
+      : call(call),
+        period(call.Period()),
+        lanes(call.kernels.lanes),
+        line_step(lanes / period * period),
+        taps(call.rows.kernel * call.columns.kernel),
+        filters(call.sizes.problems * call.Planes()) {
+    const int64_t element = sizeof(Line) / lanes, span = call.columns.Span();
+    column = std::max<int64_t>(0, -call.columns.first - span);
+    const int64_t end = std::min(call.columns.out, call.columns.in - call.columns.first);
+    columns = std::max<int64_t>(0, end - column);
+    tile = std::clamp<int64_t>(columns, 1, std::max(kRowBytes / element / period - span, span + 1));
+    tiles = CeilDiv(columns, tile);
+    in_step = (CeilDiv((tile + span) * period, lanes) | 1) * lanes;
+    dy_step = (CeilDiv(tile * period, lanes) | 1) * lanes;
+    const int64_t row_span = call.rows.Span();
+    const int64_t fitting = kBandBytes / element / (in_step + dy_step) - row_span;
+    bands = CeilDiv(call.rows.out, std::max(fitting, row_span + 1));
+    band = CeilDiv(call.rows.out, bands);
+    units = call.sizes.batch * bands * tiles;
+    fold_lines = CeilDiv(taps * period, lanes);
+    const int64_t most = kPartBytes / static_cast<int64_t>(sizeof(Line)) / (filters * fold_lines);
+    parts = std::max<int64_t>(1, std::min({CeilDiv(kParts, filters), most, units}));
+    const int64_t work = filters * units * band * CeilDiv(tile * period, lanes) * taps;
+    threads = work < kSmall ? 1 : std::max<int64_t>(pool_threads, 1);  // a host may have no pool
+    group = parts > 1 ? 1 : CeilDiv(filters, kTasks * threads);
+    // With what the last line reads behind its row.
+    in_lines = (band + row_span) * in_step / lanes + 1;
+    dy_lines = band * dy_step / lanes + 1;
+    lines = in_lines + dy_lines + 2 * taps + fold_lines;
+  }
+};
+
+// What a thread sums of a part.
+struct Sums {
+  const SumPlan& plan;
+  Line *in, *dy;
+  Line* lines[2];   // of whole lines, and of the one at the end of each row, which may be less
+  Line* total;
+  int64_t rest = 0;  // values of the latter
+  int64_t summed = 0;
+  bool has_zeros = false;
+
+  Sums(const SumPlan& plan, Line* memory, Line* total) : plan(plan), total(total) {
+    in = memory;
+    dy = in + plan.in_lines;
+    lines[0] = dy + plan.dy_lines;
+    lines[1] = lines[0] + plan.taps;
+    std::memset(lines[0], 0, 2 * plan.taps * sizeof(Line));
+    std::memset(total, 0, plan.fold_lines * sizeof(Line));
+  }
+
+  void Fold() {
+    if (summed == 0) return;
+    const RowSums& kernels = *plan.call.kernels.row_sums;
+    const int64_t counts[] = {plan.line_step, rest};
+    for (int i = 0; i < 2; ++i) {
+      kernels.fold({lines[i], plan.taps, plan.period, counts[i], total});
+    }
+    std::memset(lines[0], 0, 2 * plan.taps * sizeof(Line));
+    summed = 0;
+  }
+
+  // Adds what is in some rows and columns of an image.
+  void Add(const char* x_plane, const char* dy_plane, int64_t band, int64_t tile) {
+    const RowCall& call = plan.call;
+    const int64_t row = band * plan.band, rows = std::min(plan.band, call.rows.out - row);
+    const int64_t column = plan.column + tile * plan.tile;
+    const int64_t columns = std::min(plan.tile, plan.column + plan.columns - column);
+    const int64_t in_row = std::max<int64_t>(0, row + call.rows.first);
+    const int64_t in_end = std::min(call.rows.in, row + rows + call.rows.first + call.rows.Span());
+    if (in_row >= in_end) return;
+    CopyColumns(call.kernels, plan.period, call.in, x_plane,
+                {in_row, in_end - in_row, column + call.columns.first, columns + call.columns.Span(),
+                 call.columns.in, has_zeros},
+                in, 0, plan.in_step);
+    has_zeros = plan.bands * plan.tiles == 1;
+    CopyColumns(call.kernels, plan.period, call.out, dy_plane,
+                {row, rows, column, columns, call.columns.out, true}, dy, 0, plan.dy_step);
+    const int64_t values = columns * plan.period, whole = values / plan.line_step;
+    if (values % plan.line_step != rest || summed + rows * (whole + 1) > kFoldLines) Fold();
+    rest = values % plan.line_step;
+    summed += rows * (whole + 1);
+    const int64_t firsts[] = {0, whole * plan.line_step}, counts[] = {whole, rest > 0};
+    for (int i = 0; i < 2; ++i) {
+      if (counts[i] == 0) continue;
+      call.kernels.row_sums->correlate(
+          {in, firsts[i], plan.in_step, in_end - in_row, dy, firsts[i], plan.dy_step, rows,
+           row + call.rows.first - in_row, call.rows.dilation, call.rows.kernel, call.columns.kernel,
+           call.columns.dilation * plan.period, counts[i], plan.line_step, lines[i]});
+    }
+  }
+};
+
+}  // namespace
+
+void CorrelateRows(ffi::ThreadPool& pool, const RowCall& call) {
+  const SumPlan plan(call, pool.num_threads());
+  const RowSums& kernels = *call.kernels.row_sums;
+  const int64_t element = call.kernels.element_size, channels = call.Planes();
+  const int64_t groups = CeilDiv(plan.filters, plan.group);
+  const bool has_parts = plan.parts > 1;
+  const std::unique_ptr<Line[]> memory(
+      has_parts ? new Line[plan.filters * plan.parts * plan.fold_lines] : nullptr);
+  const auto join = [&](int64_t filter, Line* parts) {
+    const int64_t out = filter / channels * call.filter.problem + filter % channels;
+    kernels.join({parts, plan.parts, plan.fold_lines * plan.lanes, plan.taps, plan.period,
+                  call.filter.data + out * element, call.sizes.channels});
+  };
+  ParallelFor(pool, plan.threads, groups * plan.parts, plan.lines, [&](Scratch& scratch, int64_t task) {
+    const int64_t part = task % plan.parts, group = task / plan.parts;
+    Line* const lines = scratch.Lines(plan.lines);
+    const int64_t end = std::min((group + 1) * plan.group, plan.filters);
+    for (int64_t filter = group * plan.group; filter < end; ++filter) {
+      Line* const total = has_parts ? memory.get() + (filter * plan.parts + part) * plan.fold_lines
+                                    : lines + plan.lines - plan.fold_lines;
+      Sums sums(plan, lines, total);
+      const int64_t problem = filter / channels, channel = filter % channels;
+      const int64_t last = (part + 1) * plan.units / plan.parts;
+      for (int64_t unit = part * plan.units / plan.parts; unit < last; ++unit) {
+        const int64_t tile = unit % plan.tiles, band = unit / plan.tiles % plan.bands;
+        const int64_t image = problem * call.sizes.batch + unit / plan.tiles / plan.bands;
+        sums.Add(call.in.data + (image * call.in.image + channel * call.in.depth) * element,
+                 call.out.data + (image * call.out.image + channel * call.out.depth) * element, band, tile);
+      }
+      sums.Fold();
+      if (!has_parts) join(filter, total);
+    }
+  });
+  for (int64_t filter = 0; filter < plan.filters && has_parts; ++filter) {
+    join(filter, memory.get() + filter * plan.parts * plan.fold_lines);
+  }
+}
+
+}  // namespace jax_dwbp

@@ -1,0 +1,165 @@
+// The vector code of filter gradients by rows. What kernels.cc says of instruction sets and linkage holds
+// here too.
+
+#include "kernels.h"
+#include "row_lanes.h"
+#include "vectors.h"
+
+// The sums of so many columns of three rows of the filter are held in registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define SUM_COLUMNS 7
+#else
+#define SUM_COLUMNS 3
+#endif
+
+namespace jax_dwbp {
+namespace {
+
+constexpr int kSumRows = 3;
+// A running sum of one lane has at most so many products, but for those of one row.
+constexpr int64_t kChainLines = 128;
+
+template <typename T>
+constexpr int64_t kLanes = 64 / sizeof(T);
+
+// Adds the products of one row with those that `first` to `last` of the rows of dy meet there.
+template <typename T, int kRows, int kColumns>
+INLINE void AddLines(typename Vector<T>::type (&sums)[kRows][kColumns], const RowCorrelation& corr,
+                     const T* read, const T* dy, int64_t dy_rows_step, int first, int last) {
+  using V = typename Vector<T>::type;
+  for (int64_t line = 0; line < corr.lines; ++line, dy += corr.line_step, read += corr.line_step) {
+    V u[kRows];
+    UNROLL for (int i = 0; i < kRows; ++i) {
+      if (i < first || i > last) continue;
+      u[i] = Load<T>(reinterpret_cast<const char*>(dy - (i - first) * dy_rows_step));
+      IN_ORDER(u[i]);
+    }
+    const T* x = read;
+    UNROLL for (int s = 0; s < kColumns; ++s, x += corr.tap_step) {
+      AS_POINTER(x);
+      V value = Load<T>(reinterpret_cast<const char*>(x));
+      if (first < last) IN_ORDER(value);
+      UNROLL for (int i = 0; i < kRows; ++i) {
+        if (i >= first && i <= last) sums[i][s] += value * u[i];
+      }
+    }
+  }
+}
+
+// The sums of kRows rows of the filter from row r on, and of kColumns columns from s on, of the vector v of
+// each line.
+template <typename T, int kRows, int kColumns>
+__attribute__((noinline)) void SumTaps(const RowCorrelation& corr, int64_t r, int64_t s, int64_t v) {
+  using V = typename Vector<T>::type;
+  constexpr int64_t kStep = VECTOR_BYTES / sizeof(T);
+  const int64_t rows = Min(kRows, corr.kernel_rows - r);
+  const T* read = reinterpret_cast<const T*>(corr.in) + corr.first + s * corr.tap_step + v * kStep;
+  const T* const dys = reinterpret_cast<const T*>(corr.dy) + corr.dy_first + v * kStep;
+  T* const totals = reinterpret_cast<T*>(corr.sums) + (r * corr.kernel_columns + s) * kLanes<T> + v * kStep;
+  V sums[kRows][kColumns] = {};
+  int64_t chained = 0;
+  const auto flush = [&]() __attribute__((always_inline)) {
+    UNROLL for (int i = 0; i < kRows; ++i) {
+      if (i >= rows) break;
+      UNROLL for (int k = 0; k < kColumns; ++k) {
+        *reinterpret_cast<V*>(totals + (i * corr.kernel_columns + k) * kLanes<T>) += sums[i][k];
+        sums[i][k] = V{};
+      }
+    }
+    chained = 0;
+  };
+  for (int64_t row = 0; row < corr.in_rows; ++row, read += corr.in_step) {
+    // The row of dy that meets it by row r of the filter, and how many rows of the filter meet it too early
+    // or too late.
+    const int64_t met = row - corr.offset - r * corr.row_dilation;
+    if (met < 0) continue;
+    const int64_t late = met - corr.dy_rows + 1;
+    const int64_t first = late <= 0 ? 0 : (late + corr.row_dilation - 1) / corr.row_dilation;
+    const int64_t last = Min(met / corr.row_dilation, rows - 1);
+    if (first > last) continue;
+    const T* const dy = dys + (met - first * corr.row_dilation) * corr.dy_step;
+    WithRows<kRows>(first, last, [&](auto first, auto last) __attribute__((always_inline)) {
+      constexpr int kFirst = decltype(first)::value, kLast = decltype(last)::value;
+      AddLines(sums, corr, read, dy, corr.row_dilation * corr.dy_step, kFirst, kLast);
+    });
+    chained += corr.lines;
+    if (chained + corr.lines > kChainLines) flush();
+  }
+  flush();
+}
+
+// The template of a number of columns that is known when it runs.
+template <typename T, int kRows, int kColumns>
+INLINE void SumColumns(const RowCorrelation& corr, int64_t r, int64_t s, int64_t v, int64_t columns) {
+  if constexpr (kColumns > 1) {
+    if (columns != kColumns) return SumColumns<T, kRows, kColumns - 1>(corr, r, s, v, columns);
+  }
+  SumTaps<T, kRows, kColumns>(corr, r, s, v);
+}
+
+template <typename T>
+void Correlate(const RowCorrelation& corr) {
+  const int64_t parts = (corr.kernel_columns + SUM_COLUMNS - 1) / SUM_COLUMNS;
+  for (int64_t r = 0; r < corr.kernel_rows; r += kSumRows) {
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t s = part * corr.kernel_columns / parts;
+      const int64_t columns = (part + 1) * corr.kernel_columns / parts - s;
+      for (int64_t v = 0; v < kVectors; ++v) {
+        if (corr.kernel_rows == 1) {
+          SumColumns<T, 1, SUM_COLUMNS>(corr, r, s, v, columns);
+        } else {
+          SumColumns<T, kSumRows, SUM_COLUMNS>(corr, r, s, v, columns);
+        }
+      }
+    }
+  }
+}
+
+// Adds the values of each place of a period, pairwise.
+template <typename T>
+void Fold(const RowFold& fold) {
+  const T* from = reinterpret_cast<const T*>(fold.from);
+  T* to = reinterpret_cast<T*>(fold.to);
+  for (int64_t tap = 0; tap < fold.taps; ++tap, from += kLanes<T>, to += fold.period) {
+    T values[kLanes<T>];
+    __builtin_memcpy(values, from, sizeof(values));
+    for (int64_t count = fold.values / fold.period, half; count > 1; count = half) {
+      half = (count + 1) / 2;
+      const T* const others = values + half * fold.period;
+      for (int64_t i = 0; i < (count - half) * fold.period; ++i) values[i] += others[i];
+    }
+    for (int64_t i = 0; i < fold.period; ++i) to[i] += values[i];
+  }
+}
+
+// Adds what the parts of a sum have for each value, pairwise, and stores it.
+template <typename S>
+void Join(const RowJoin& join) {
+  using T = typename Compute<S>::type;
+  T* const parts = reinterpret_cast<T*>(join.parts);
+  const int64_t values = join.taps * join.period;
+  for (int64_t count = join.part_count, half; count > 1; count = half) {
+    half = (count + 1) / 2;
+    for (int64_t part = 0; part < count - half; ++part) {
+      T *a = parts + part * join.part_step, *b = a + half * join.part_step;
+      for (int64_t i = 0; i < values; ++i) a[i] += b[i];
+    }
+  }
+  S* to = static_cast<S*>(join.to);
+  for (int64_t tap = 0; tap < join.taps; ++tap, to += join.tap_step) {
+    for (int64_t i = 0; i < join.period; ++i) Convert(parts[tap * join.period + i], to[i]);
+  }
+}
+
+template <typename S>
+constexpr RowSums Table() {
+  using T = typename Compute<S>::type;
+  return {Correlate<T>, Fold<T>, Join<S>};
+}
+
+}  // namespace
+
+const RowSums OF_INSTRUCTION_SET(RowSums)[4] = {Table<Half>(), Table<Brain>(), Table<float>(),
+                                                 Table<double>()};
+
+}  // namespace jax_dwbp
