@@ -781,7 +781,7 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b,
   if (window_strides[0] == 1 && window_strides[1] == 1 && sizes.multiplier == 1) {
     const bool is_transposed = *op == Op::kInputGrad;
     const auto axis = [&](int i) {
-      const int64_t kernel = fs[1 + i], dilation = rhs_dilation[i];
+      const int64_t kernel = fs[1 + i], dilation = kernel == 1 ? 1 : rhs_dilation[i];
       return is_transposed ? RowAxis{ys[height + i], xs[height + i], kernel, dilation,
                                      low[i] - dilation * (kernel - 1)}
                            : RowAxis{xs[height + i], ys[height + i], kernel, dilation, -low[i]};

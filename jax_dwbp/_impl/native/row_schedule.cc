@@ -23,6 +23,7 @@ struct RowPlan {
   int64_t period, lanes, planes;
   int64_t threads;
   int64_t tile, tiles;    // columns
+  bool by_row;            // no rows are computed together
   int64_t band, bands;    // rows
   int64_t group, groups;  // planes
   int64_t in_step;        // values from one packed row to the next
@@ -49,7 +50,8 @@ struct RowPlan {
     in_step = (CeilDiv((tile + columns.Span()) * period, lanes) | 1) * lanes;
 
     // Rows are summed alike in any band that starts where the kernel's turn would start without bands.
-    const int64_t turn = kernels.rows * rows.dilation;
+    by_row = rows.kernel == 1 || rows.out <= rows.dilation;
+    const int64_t turn = by_row ? 1 : kernels.rows * rows.dilation;
     const int64_t fitting_rows = std::max(kBandBytes / element / in_step - rows.Span(), rows.Span() + 1);
     band = std::min(fitting_rows, std::max(CeilDiv(rows.out, wanted), rows.Span() + 1));
     band = RoundUp(std::min(band, rows.out), turn);
@@ -98,7 +100,7 @@ void ConvolvePart(const RowPlan& plan, const Part& part, const Line* weights, co
                            CeilDiv(part.rows - row, dilation), part.columns * plan.period,
                            plan.lanes / plan.period * plan.period,
                            part.out + out * call.kernels.element_size, dilation * call.out.row,
-                           call.rows.kernel == 1 || call.rows.out <= dilation});
+                           plan.by_row});
   }
 }
 
@@ -117,7 +119,7 @@ void CopyColumns(const Kernels& kernels, int64_t period, const Tensor& tensor, c
   if (window.rows <= 0) return;
   const int64_t begin = std::clamp<int64_t>(-window.column, 0, window.columns);
   const int64_t end = std::clamp(window.size - window.column, begin, window.columns);
-  const int64_t column = std::min(window.column + begin, window.size);
+  const int64_t column = std::clamp<int64_t>(window.column + begin, 0, window.size);
   kernels.row_lanes->copy(
       {plane + (window.row * tensor.row + column * tensor.column) * kernels.element_size, tensor.row,
        window.rows, (end - begin) * period, to, first + begin * period, to_step,
@@ -142,10 +144,15 @@ bool PrefersRows(const RowCall& call, bool is_filter_grad) {
   for (const RowAxis* axis : {&call.rows, &call.columns}) {
     if (axis->out + axis->Span() > 4 * axis->in + 64) return false;
   }
-  // By one thread, which has the largest parts. A filter gradient packs as much of dy.
-  if (RowPlan(call, 1).lines * static_cast<int64_t>(sizeof(Line)) > kMostBytes) return false;
   const int64_t taps = call.rows.kernel * call.columns.kernel, out_rows = call.rows.out;
-  const int64_t rows = call.rows.kernel == 1 ? out_rows : RoundUp(out_rows, call.kernels.row_lanes->rows);
+  const int64_t most_lines = kMostBytes / static_cast<int64_t>(sizeof(Line));
+  if (taps > most_lines) return false;
+  // By one thread, which has the largest parts. A filter gradient packs as much of dy.
+  const RowPlan plan(call, 1);
+  if (plan.lines > most_lines) return false;
+  const int64_t dilation = call.rows.dilation, together = call.kernels.row_lanes->rows;
+  const int64_t rows =
+      plan.by_row ? out_rows : std::min(dilation, out_rows) * RoundUp(CeilDiv(out_rows, dilation), together);
   const int64_t lines = CeilDiv(call.columns.out * period, lanes / period * period);
   const int64_t line_cost = taps + (is_filter_grad ? taps / 2 : 0) + 2;
   const int64_t row_cost = call.Planes() * (30 + taps + rows * lines * line_cost);
