@@ -421,6 +421,7 @@ BY_ROWS = (
     Case("dilated_apart", (1, 5, 19, 2), (3, 2, 2, 1), dilations=(7, 5)),
     Case("tiles", (1, 2, 9000, 1), (2, 5, 1, 1)),
     Case("bands", (1, 90, 1500, 1), (3, 3, 1, 1), padding="VALID"),
+    Case("tiles_of_two_widths", (40, 1, 5000, 1), (1, 3, 1, 1)),
     Case("long_filter", (1, 1, 300, 2), (1, 64, 2, 1)),
     Case("many_groups", (1, 40, 20, 3), (33, 17, 3, 1)),
     Case("wide_border", (1, 3, 5, 3), (3, 3, 3, 1), padding=((4, 6), (7, 9))),
