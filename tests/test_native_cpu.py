@@ -426,6 +426,16 @@ BY_ROWS = (
     Case("many_groups", (1, 40, 20, 3), (33, 17, 3, 1)),
     Case("wide_border", (1, 3, 5, 3), (3, 3, 3, 1), padding=((4, 6), (7, 9))),
     Case("cropped", (1, 9, 11, 3), (4, 3, 3, 1), padding=((0, 5), (8, 0))),
+    Case("strided", (2, 23, 37, 3), (3, 4, 3, 1), (2, 2)),
+    Case("strided_past_taps", (1, 20, 41, 2), (2, 3, 2, 1), (3, 5)),
+    Case("strided_and_dilated", (1, 21, 39, 1), (4, 5, 1, 1), (2, 3), dilations=(3, 2)),
+    Case("strided_rows", (1, 31, 50, 1), (7, 6, 1, 1), (2, 1)),
+    Case("strided_column", (2, 13, 1, 1), (2, 3, 1, 1), (3, 2), ((5, 2), (6, 2))),
+    Case("strided_bands", (1, 181, 700, 1), (3, 3, 1, 1), (2, 2)),
+    Case("strided_tiles", (1, 3, 9001, 1), (3, 3, 1, 1), (2, 3)),
+    Case("multiplied", (2, 9, 21, 3), (3, 3, 3, 5)),
+    Case("multiplied_and_strided", (1, 15, 33, 2), (3, 3, 2, 4), (2, 2)),
+    Case("multiplied_bands", (1, 200, 150, 1), (3, 3, 1, 16)),
 )
 
 
@@ -447,8 +457,8 @@ def test_by_rows(case, op):
 @pytest.mark.parametrize("channels", range(1, 17))
 def test_by_rows_of_each_period(op, channels):
     """Which divides a vector or not; lines of such a row overlap."""
-    case = Case("period", (2, 7, 23, channels), (3, 4, channels, 1))
-    for dtype in ("float16", "bfloat16", "float32", "float64"):
+    for dtype, stride in itertools.product(("float16", "bfloat16", "float32", "float64"), (1, 2)):
+        case = Case("period", (2, 7, 23, channels), (3, 4, channels, 1), (stride, stride))
         with jax.enable_x64(dtype == "float64"):
             a, b = case.operands(op, dtype)
             got = case.run(op, a, b, implementation="native_cpu")

@@ -10,12 +10,13 @@ from mutants.fault import NotPlanted, faults
 
 _FOLDER = Path("_impl/native")
 _NAMES = (
-    *("native_cpu.cc", "kernels.cc"),
-    *("row_schedule.cc", "row_reduction.cc", "row_lanes.cc", "row_sums.cc"),
+    *("native_cpu.cc", "kernels.cc", "row_axis.cc", "row_schedule.cc", "row_reduction.cc"),
+    *("row_moves.cc", "row_lanes.cc", "row_sums.cc"),
 )
 _HEADERS = ("runtime.h", "vectors.h")
 FILES = tuple(str(_FOLDER / name) for name in (*_NAMES, *_HEADERS))
-NATIVE_CPU, KERNELS, ROW_SCHEDULE, ROW_REDUCTION, ROW_LANES, ROW_SUMS, RUNTIME, VECTORS = FILES
+NATIVE_CPU, KERNELS, ROW_AXIS, ROW_SCHEDULE, ROW_REDUCTION, *_ = FILES
+*_, ROW_MOVES, ROW_LANES, ROW_SUMS, RUNTIME, VECTORS = FILES
 # Its names are those of the only kernels, so that nothing chooses among instruction sets.
 _COMPILER = (
     *("g++", "-std=gnu++17", "-O0", "-march=native", "-fPIC", "-fvisibility=hidden"),
@@ -96,7 +97,7 @@ FAULTS = [
             "if (held_image < 0)",
             FILTER_GRAD,
         ),
-        ("channels >= kernels.lanes &&", "channels > 0 &&", SANITIZERS),
+        ("channels >= kernels.lanes;", "channels > 0;", SANITIZERS),
         (
             "out_row + rows.write_step < rows.write_size;",
             "out_row + rows.write_step <= rows.write_size;",
@@ -189,34 +190,62 @@ FAULTS = [
         ("magnitude < 0x400 ? subnormal : normal", "normal", CONVERTED),
         ("to.bits = sign | (magnitude >= (143u", "to.bits = sign | (magnitude >= (144u", CONVERTED),
         (
-            "CopyFixed<From, To, 2>(from + i, to + i), i += 2",
-            "CopyFixed<From, To, 2>(from + i, to + i), i += 1",
+            "count >= kLanes<T>) return LoadLine",
+            "count > kLanes<T>) return LoadLine",
             ALL,
+            "both do",
         ),
+        ("CopySome(from, some, Max(count, 0))", "CopySome(from, some, 0)", ALL),
         ("kChain = 7;", "kChain = 700;", CHAINS),
-        ("return sign | (magnitude >= (143u", "return sign | (magnitude >= (144u", CONVERTED),
-        ("reinterpret_cast<Floats>(bits << 16)", "reinterpret_cast<Floats>(bits << 15)", CONVERTED),
+        ("constexpr int kToNearest = 8", "constexpr int kToNearest = 9", CONVERTED),
+        ("(bits, Words) << 16)", "(bits, Words) << 15)", CONVERTED),
     ),
     *faults(
         ROW_SCHEDULE,
         ("axis->in + 64) return false;", "axis->in + 64) continue;", SANITIZERS),
         ("std::exchange(scratch.filter, filter) != filter", "scratch.filter++ < 0", ROWS),
+        ("columns.write_step == 1 ? 0 :", "phases == 1 ? 0 :", ROWS),
         ("window.has_zeros ? 0 : begin * period", "0", ROWS),
-        ("(rows - end) * row_bytes", "0", ROWS),
+        ("(count - end) * row_bytes", "0", ROWS),
         ("if (plan.lines > most_lines) return false;", "", SPANS),
-        ("CeilDiv(part.rows - row, dilation)", "part.rows / dilation", ROWS),
+        ("CeilDiv(count - row, rows.dilation)", "count / rows.dilation", ROWS),
+        ("columns.out - first_column)", "columns.out)", SANITIZERS),
+        ("first + source * plan.source_lines * plan.lanes", "first", ROWS),
+        ("weight + source * rows.kernel * columns.kernel", "weight", ROWS),
         ("call.channels_first ||", "", ROWS, "another kernel computes the same"),
     ),
     *faults(
         ROW_REDUCTION,
         ("values % plan.line_step != rest ||", "", ROWS),
-        ("std::max<int64_t>(0, row + call.rows.first)", "row + call.rows.first", SANITIZERS),
+        ("std::max<int64_t>(0, row + region.first)", "row + region.first", SANITIZERS),
+        ("call.rows.Before(i) * call.columns.kernel + call.columns.Before(j)", "0", ROWS),
         ("kFoldLines = 2048", "kFoldLines = int64_t{1} << 40", CHAINS),
     ),
     *faults(
+        ROW_AXIS,
+        ("offset * stride - position", "position - offset * stride", ROWS),
+        ("region.extra = end - region.first", "region.extra = 0", ROWS),
+        ("start += regions[i].extra", "start += 0", ROWS),
+        ("some.first + i * tap_step", "some.first + i", ROWS),
+    ),
+    *faults(
+        ROW_MOVES,
+        ("if (++value == weights.period) value = 0;", "", SANITIZERS),
+        ("from[value * weights.value_step]", "from[value]", ROWS),
+        ("repeat = first % pixels.repeats", "repeat = 0", ROWS),
+        ("place += pixels.value_step", "place += 1", ROWS),
+        ("there - kCount)", "kCount)", SANITIZERS),
+        (
+            "Permute(read, places, read_behind), left, to",
+            "Permute(read, places, read_behind), kCount, to",
+            SANITIZERS,
+        ),
+        ("pixel % 2 * kCount + pixel / 2", "pixel % 2 * kCount + pixel", ROWS),
+        ("pixel += rows.phases", "pixel += 3", ROWS),
+    ),
+    *faults(
         ROW_LANES,
-        ("weights.flipped ? weights.taps - 1 - tap : tap", "tap", ROWS),
-        ("to[l] = to[l - weights.period]", "to[l] = to[0]", ROWS),
+        ("conv.columns[s] - conv.columns[s - 1] == TapStep(conv)", "true", ROWS),
         ("if (o < rows) StoreLine", "StoreLine", SANITIZERS),
         ("rows - l * block.rows_of_line", "rows", SANITIZERS),
         ("for (; groups >> level & 1; ++level) total.Add(pairs[level]);", "", ROWS),

@@ -57,7 +57,7 @@ INLINE int64_t CountBelow(int64_t size, const Columns& columns, int64_t phase) {
 // Takes 1, 2, 4 or 8 multiples of the lanes of a line apart, by halves: loops that compilers vectorize.
 template <typename S, typename T, int kMultiplier>
 INLINE void Split(const S* from, T* to, int64_t plane) {
-  constexpr int kLanes = 64 / sizeof(T), kCount = kMultiplier * kLanes;
+  constexpr int64_t kCount = kMultiplier * kLanes<T>;
   T buffers[2][kCount];
   for (int i = 0; i < kCount; ++i) Convert(from[i], buffers[0][i]);
   int source = 0;
@@ -67,17 +67,17 @@ INLINE void Split(const S* from, T* to, int64_t plane) {
     for (int i = 0; i < kCount / 2; ++i) b[i] = a[2 * i], b[i + kCount / 2] = a[2 * i + 1];
   }
   UNROLL for (int m = 0; m < kMultiplier; ++m) {
-    __builtin_memcpy(to + m * plane, buffers[source] + m * kLanes, sizeof(Line));
+    __builtin_memcpy(to + m * plane, buffers[source] + m * kLanes<T>, sizeof(Line));
   }
 }
 
 // Puts them together again.
 template <typename S, typename T, int kMultiplier>
 INLINE void Join(const T* from, S* to, int64_t plane) {
-  constexpr int kLanes = 64 / sizeof(T), kCount = kMultiplier * kLanes;
+  constexpr int64_t kCount = kMultiplier * kLanes<T>;
   T buffers[2][kCount];
   UNROLL for (int m = 0; m < kMultiplier; ++m) {
-    __builtin_memcpy(buffers[0] + m * kLanes, from + m * plane, sizeof(Line));
+    __builtin_memcpy(buffers[0] + m * kLanes<T>, from + m * plane, sizeof(Line));
   }
   int source = 0;
   UNROLL for (int n = kMultiplier; n > 1; n /= 2, source ^= 1) {
@@ -90,28 +90,26 @@ INLINE void Join(const T* from, S* to, int64_t plane) {
 
 template <typename S, typename T, int kMultiplier>
 INLINE void PackColumn(const Row& row, const S* from, Line* to) {
-  constexpr int64_t kLanes = 64 / sizeof(T);
   const int64_t m_count = kMultiplier ? kMultiplier : row.multiplier;
-  const int64_t tail = row.channels % kLanes, plane = row.plane * kLanes;
+  const int64_t tail = row.channels % kLanes<T>, plane = row.plane * kLanes<T>;
   T* line = reinterpret_cast<T*>(to);
-  for (int64_t b = 0; b < row.channels / kLanes; ++b) {
-    if constexpr (kMultiplier > 0) {
+  for (int64_t b = 0; b < row.channels / kLanes<T>; ++b) {
+    if constexpr (kMultiplier == 1) {
+      LoadLine(from, line);
+    } else if constexpr (kMultiplier > 0) {
       Split<S, T, kMultiplier>(from, line, plane);
     } else {
       for (int64_t m = 0; m < m_count; ++m) {
-        for (int64_t l = 0; l < kLanes; ++l) Convert(from[l * m_count + m], line[m * plane + l]);
+        for (int64_t l = 0; l < kLanes<T>; ++l) Convert(from[l * m_count + m], line[m * plane + l]);
       }
     }
-    from += kLanes * m_count, line += m_count * plane;
+    from += kLanes<T> * m_count, line += m_count * plane;
   }
   if (!tail) return;
+  if constexpr (kMultiplier == 1) return LoadUpTo(from, line, tail);
   for (int64_t m = 0; m < m_count; ++m, line += plane) {
-    for (int64_t l = 0; l < kLanes; ++l) line[l] = 0;
-    if (m_count == 1) {
-      CopyTail(from, line, tail);
-    } else {
-      for (int64_t l = 0; l < tail; ++l) Convert(from[l * m_count + m], line[l]);
-    }
+    for (int64_t l = 0; l < kLanes<T>; ++l) line[l] = 0;
+    for (int64_t l = 0; l < tail; ++l) Convert(from[l * m_count + m], line[l]);
   }
 }
 
@@ -120,6 +118,7 @@ template <typename S>
 INLINE void PackColumns(const Row& row, const Columns& columns, int64_t phase, const Span* spans,
                         int64_t count) {
   using T = typename Compute<S>::type;
+  const int64_t bytes = row.channels * row.multiplier * sizeof(S);
   int64_t last = 0;
   for (int64_t i = 0; i < count; ++i) last = Max(last, spans[i].end);
   // In the order of memory, which is read ahead. The spans begin alike, as phases are below the stride.
@@ -129,6 +128,10 @@ INLINE void PackColumns(const Row& row, const Columns& columns, int64_t phase, c
       const int64_t column = columns.stride * (columns.first + p) + columns.phases[phase + i];
       const S* from = static_cast<const S*>(row.data) + column * row.column_step;
       Line* to = row.lines + (phase + i) * columns.width + p;
+      if (row.ahead > 0) {
+        const char* ahead = reinterpret_cast<const char*>(from + row.ahead);
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
+      }
       switch (row.multiplier) {
         case 1:
           PackColumn<S, T, 1>(row, from, to);
@@ -153,22 +156,21 @@ INLINE void PackColumns(const Row& row, const Columns& columns, int64_t phase, c
 template <typename S>
 INLINE void PackPlanes(const Row& row, const Columns& columns, int64_t phase, const Span& span) {
   using T = typename Compute<S>::type;
-  constexpr int64_t kLanes = 64 / sizeof(T);
-  const int64_t planes = (row.channels + kLanes - 1) / kLanes * row.multiplier;
+  const int64_t planes = (row.channels + kLanes<T> - 1) / kLanes<T> * row.multiplier;
   const int64_t column = columns.stride * (columns.first + span.begin) + columns.phases[phase];
   const int64_t step = columns.stride * row.column_step;
   for (int64_t plane = 0; plane < planes; ++plane) {
     const int64_t block = plane / row.multiplier, m = plane % row.multiplier;
-    const int64_t lanes = Min(kLanes, row.channels - block * kLanes);
+    const int64_t lanes = Min(kLanes<T>, row.channels - block * kLanes<T>);
     T* to = reinterpret_cast<T*>(row.lines + phase * columns.width + plane * row.plane);
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const int64_t depth = ((block * kLanes + l) * row.multiplier + m) * row.depth_step;
+    for (int64_t l = 0; l < kLanes<T>; ++l) {
+      const int64_t depth = ((block * kLanes<T> + l) * row.multiplier + m) * row.depth_step;
       const S* values = static_cast<const S*>(row.data) + column * row.column_step + depth;
       for (int64_t p = span.begin; p < span.end; ++p, values += step) {
         if (l < lanes) {
-          Convert(*values, to[p * kLanes + l]);
+          Convert(*values, to[p * kLanes<T> + l]);
         } else {
-          to[p * kLanes + l] = 0;
+          to[p * kLanes<T> + l] = 0;
         }
       }
     }
@@ -178,8 +180,8 @@ INLINE void PackPlanes(const Row& row, const Columns& columns, int64_t phase, co
 template <typename S>
 void Pack(const Row& row, const Columns& columns) {
   using T = typename Compute<S>::type;
-  constexpr int64_t kLanes = 64 / sizeof(T), kPhases = 8;
-  const int64_t planes = (row.channels + kLanes - 1) / kLanes * row.multiplier;
+  constexpr int64_t kPhases = 8;
+  const int64_t planes = (row.channels + kLanes<T> - 1) / kLanes<T> * row.multiplier;
   for (int64_t phase = 0; phase < columns.phase_count; phase += kPhases) {
     const int64_t count = Min(kPhases, columns.phase_count - phase);
     Span spans[kPhases];
@@ -199,14 +201,25 @@ void Pack(const Row& row, const Columns& columns) {
   }
 }
 
+template <typename S>
+void StoreLines(const Line* lines, int64_t columns, char* out, int64_t column_bytes) {
+  using T = typename Compute<S>::type;
+  for (int64_t t = 0; t < columns; ++t, out += column_bytes) {
+    typename Vector<T>::type line[kVectors];
+    __builtin_memcpy(line, lines + t, sizeof(line));
+    StoreWholeLine<S, T>(line, reinterpret_cast<S*>(out));
+  }
+}
+
 template <typename S, typename T, int kMultiplier>
 INLINE void EmitColumn(const Row& row, int64_t lanes, const T* from, S* to) {
-  constexpr int64_t kLanes = 64 / sizeof(T);
-  const int64_t m_count = row.multiplier, plane = row.plane * kLanes;
-  if (kMultiplier > 0 && lanes == kLanes) {
+  const int64_t m_count = row.multiplier, plane = row.plane * kLanes<T>;
+  if constexpr (kMultiplier == 1) {
+    typename Vector<T>::type line[kVectors];
+    __builtin_memcpy(line, from, sizeof(line));
+    StoreLine<S, T>(line, lanes, to);
+  } else if (kMultiplier > 0 && lanes == kLanes<T>) {
     Join<S, T, Max(kMultiplier, 1)>(from, to, plane);
-  } else if (m_count == 1) {
-    CopyTail(from, to, lanes);
   } else {
     for (int64_t l = 0; l < lanes; ++l) {
       for (int64_t m = 0; m < m_count; ++m) Convert(from[m * plane + l], to[l * m_count + m]);
@@ -217,13 +230,12 @@ INLINE void EmitColumn(const Row& row, int64_t lanes, const T* from, S* to) {
 template <typename S>
 void Emit(const Row& row, int64_t columns) {
   using T = typename Compute<S>::type;
-  constexpr int64_t kLanes = 64 / sizeof(T);
-  for (int64_t b = 0; b * kLanes < row.channels; ++b) {
-    const int64_t lanes = Min(kLanes, row.channels - b * kLanes);
+  for (int64_t b = 0; b * kLanes<T> < row.channels; ++b) {
+    const int64_t lanes = Min(kLanes<T>, row.channels - b * kLanes<T>);
     const T* from = reinterpret_cast<const T*>(row.lines + b * row.multiplier * row.plane);
-    S* to = static_cast<S*>(row.data) + b * kLanes * row.multiplier * row.depth_step;
+    S* to = static_cast<S*>(row.data) + b * kLanes<T> * row.multiplier * row.depth_step;
     if (row.depth_step == 1) {
-      for (int64_t t = 0; t < columns; ++t, from += kLanes, to += row.column_step) {
+      for (int64_t t = 0; t < columns; ++t, from += kLanes<T>, to += row.column_step) {
         switch (row.multiplier) {
           case 1:
             EmitColumn<S, T, 1>(row, lanes, from, to);
@@ -246,9 +258,9 @@ void Emit(const Row& row, int64_t columns) {
     for (int64_t l = 0; l < lanes; ++l) {
       for (int64_t m = 0; m < row.multiplier; ++m) {
         S* values = to + (l * row.multiplier + m) * row.depth_step;
-        const T* lane = from + m * row.plane * kLanes + l;
+        const T* lane = from + m * row.plane * kLanes<T> + l;
         for (int64_t t = 0; t < columns; ++t) {
-          Convert(lane[t * kLanes], values[t * row.column_step]);
+          Convert(lane[t * kLanes<T>], values[t * row.column_step]);
         }
       }
     }
@@ -321,16 +333,16 @@ template <typename T, typename F, bool kBorder, int kRows, int kColumns>
 INLINE void AddRow(Sums<T, kRows, kColumns>& sums, const char* row, const T* const* weights, int first,
                    int last, const Run& run, const Source& in, Fetch& fetch) {
   using V = typename Vector<T>::type;
-  constexpr int kStep = VECTOR_BYTES / sizeof(T), kLanes = 64 / sizeof(T);
+  constexpr int kStep = VECTOR_BYTES / sizeof(T);
   constexpr int kTaps = F::kTaps, kStride = F::kStride;
   const Tap *const begin = run.begin, *const end = run.end;
   if constexpr (kTaps > 0 && kVectors == 1) {
     // Each line is loaded once, for all taps and rows.
     V w[kRows][kTaps];
-    const int64_t weight_step = kTaps > 1 ? (begin[1].weight - begin[0].weight) * kLanes : 0;
+    const int64_t weight_step = kTaps > 1 ? (begin[1].weight - begin[0].weight) * kLanes<T> : 0;
     UNROLL for (int i = 0; i < kRows; ++i) {
       if (i < first || i > last) continue;
-      const T* weight = weights[i] + begin->weight * kLanes;
+      const T* weight = weights[i] + begin->weight * kLanes<T>;
       UNROLL for (int k = 0; k < kTaps; ++k, weight += weight_step) {
         AS_POINTER(weight);
         w[i][k] = *reinterpret_cast<const V*>(weight);
@@ -367,7 +379,7 @@ INLINE void AddRow(Sums<T, kRows, kColumns>& sums, const char* row, const T* con
         V w[kRows];
         UNROLL for (int i = 0; i < kRows; ++i) {
           if (i < first || i > last) continue;
-          w[i] = *reinterpret_cast<const V*>(weights[i] + tap->weight * kLanes + v * kStep);
+          w[i] = *reinterpret_cast<const V*>(weights[i] + tap->weight * kLanes<T> + v * kStep);
         }
         UNROLL for (int j = 0; j < kColumns; ++j) {
           if (kBorder && !(meets >> j & 1)) continue;
@@ -483,6 +495,14 @@ __attribute__((noinline)) void ConvolveRun(const Convolution& convolution, const
     fetch.Rest();
     UNROLL for (int i = 0; i < kRows; ++i) {
       char* out = outs[i] + block * conv.out_bytes;
+      if (conv.store) {
+        typename Vector<T>::type lines[kColumns][kVectors];
+        UNROLL for (int j = 0; j < kColumns; ++j) {
+          UNROLL for (int v = 0; v < kVectors; ++v) lines[j][v] = sums.of[i][j][v];
+        }
+        conv.store(reinterpret_cast<const Line*>(lines), kColumns, out, conv.column_bytes);
+        continue;
+      }
       UNROLL for (int j = 0; j < kColumns; ++j, out += conv.column_bytes) {
         AS_POINTER(out);
         // What is written next, else each line of it would be waited for.
@@ -625,7 +645,7 @@ struct Group {
 template <typename T, int kTaps>
 INLINE void CorrelateTaps(const Correlation& corr, const Group<T>& group, int64_t block) {
   using V = typename Vector<T>::type;
-  constexpr int kStep = VECTOR_BYTES / sizeof(T), kLanes = 64 / sizeof(T);
+  constexpr int kStep = VECTOR_BYTES / sizeof(T);
   const char* const dy = *corr.dy.rows + block * corr.dy.block_bytes;
   V sums[kTaps][kVectors] = {};
   const auto add = [&](int64_t t, auto check) __attribute__((always_inline)) {
@@ -646,7 +666,7 @@ INLINE void CorrelateTaps(const Correlation& corr, const Group<T>& group, int64_
   for (; t < group.all_end; ++t) add(t, Index<0>());
   for (; t < group.end; ++t) add(t, Index<1>());
   UNROLL for (int i = 0; i < kTaps; ++i) {
-    T* const sum = group.sums[i] + block * corr.sum_lines * kLanes;
+    T* const sum = group.sums[i] + block * corr.sum_lines * kLanes<T>;
     UNROLL for (int v = 0; v < kVectors; ++v) *reinterpret_cast<V*>(sum + v * kStep) += sums[i][v];
   }
 }
@@ -821,9 +841,19 @@ void Add(Line* a, const Line* b, int64_t lines) {
 template <typename S>
 constexpr Kernels Table(Type type) {
   using T = typename Compute<S>::type;
-  return {64 / sizeof(T), sizeof(S),    ROWS,   Pack<S>, Emit<S>,
-          Convolve<T>,    Correlate<T>, Add<T>, &OF_INSTRUCTION_SET(RowKernels)[static_cast<int>(type)],
-          &OF_INSTRUCTION_SET(RowSums)[static_cast<int>(type)]};
+  const int index = static_cast<int>(type);
+  return {kLanes<T>,
+          sizeof(S),
+          ROWS,
+          Pack<S>,
+          Emit<S>,
+          StoreLines<S>,
+          Convolve<T>,
+          Correlate<T>,
+          Add<T>,
+          &OF_INSTRUCTION_SET(RowMoves)[index],
+          &OF_INSTRUCTION_SET(RowKernels)[index],
+          &OF_INSTRUCTION_SET(RowSums)[index]};
 }
 
 constexpr Kernels kTables[] = {Table<Half>(Type::kFloat16), Table<Brain>(Type::kBFloat16),

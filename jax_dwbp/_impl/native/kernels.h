@@ -4,7 +4,7 @@
 // Both speak of lines: 64 bytes that hold 16 float32 or 8 float64 values, one for each of as many
 // adjacent channels. Arrays of the caller are packed into lines of scratch, by which layout, data type,
 // padding, stride and depth multiplier are out of the way, and results are emitted from lines. Where an
-// array consists of lines as it is, small filters read and write it in place.
+// array consists of lines as it is, small filters read it in place, and results are written in place.
 
 #ifndef JAX_DWBP_KERNELS_H_
 #define JAX_DWBP_KERNELS_H_
@@ -14,6 +14,7 @@
 namespace jax_dwbp {
 
 struct RowKernels;
+struct RowMoves;
 struct RowSums;
 
 struct alignas(64) Line {
@@ -30,6 +31,7 @@ struct Row {
   int64_t multiplier;    // values for each channel
   int64_t column_step;   // elements from one column to the next
   int64_t depth_step;    // elements from one value of a column to the next
+  int64_t ahead = 0;     // elements to what is packed next, to be fetched where values lie side by side
 };
 
 // The columns that are packed: line p of phase i takes column stride * (first + p) + phases[i], or
@@ -86,6 +88,8 @@ struct Convolution {
   int64_t columns;
   char* out[2];          // null for a second row that there is not
   int64_t column_bytes;  // in `out`, from one column to the next
+  // Rounds lines to those of `out` and stores them there, or null where these are as they are computed.
+  void (*store)(const Line* lines, int64_t columns, char* out, int64_t column_bytes);
   // Blocks of one line of channels each, and what leads from one to the next.
   int64_t blocks;
   int64_t weight_lines, out_bytes;
@@ -110,12 +114,14 @@ struct Kernels {
   int64_t rows;          // of the result that `convolve` takes at a time
   void (*pack)(const Row&, const Columns&);
   void (*emit)(const Row&, int64_t columns);
+  void (*store)(const Line* lines, int64_t columns, char* out, int64_t column_bytes);  // see Convolution
   // out[i][t] = sum over rows and taps of what tap reads for t * weights[i][r][tap.weight]
   void (*convolve)(const Convolution&);
   // sums[r][tap.weight] += sum over t of dy[t] * what tap reads for t
   void (*correlate)(const Correlation&);
   // a[i] += b[i]
   void (*add)(Line* a, const Line* b, int64_t lines);
+  const RowMoves* row_moves;
   const RowKernels* row_lanes;
   const RowSums* row_sums;
 };

@@ -26,6 +26,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "row_axis.h"
 #include "row_schedule.h"
 #include "runtime.h"
 #include "xla/ffi/api/ffi.h"
@@ -49,7 +50,6 @@ constexpr int64_t kReductionBlocks = 4;
 // So many rows are added up before they join others.
 constexpr int64_t kReductionRows = 32;
 
-int64_t FloorDiv(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 // Planes an odd number of lines apart don't compete for the same sets of the L1 cache.
 int64_t Odd(int64_t lines) { return lines | 1; }
 
@@ -234,7 +234,7 @@ struct Ring {
       scratch.held[slot] = position;
       const int64_t row = position * rows.read_step + rows.phases[tap.phase];
       kernels.pack({const_cast<char*>(image) + row * tensor.row * kernels.element_size, lines, plane,
-                    channels, multiplier, tensor.column, tensor.depth},
+                    channels, multiplier, tensor.column, tensor.depth, rows.read_step * tensor.row},
                    {columns.phases.data(), static_cast<int64_t>(columns.phases.size()),
                     columns.read_step, start + First(start), width, columns.read_size});
     }
@@ -298,10 +298,12 @@ bool BeginTile(Scratch& scratch, int64_t tile, const Ring& ring, const InPlace* 
   return true;
 }
 
-// Whether an array has lines that can be read and written in place.
+// Whether an array has lines that can be written in place or, as they are computed with, also read.
+bool HasLines(const Kernels& kernels, const Tensor& tensor, int64_t channels, int64_t multiplier) {
+  return multiplier == 1 && tensor.depth == 1 && channels >= kernels.lanes;
+}
 bool IsLines(const Kernels& kernels, const Tensor& tensor, int64_t channels, int64_t multiplier) {
-  return multiplier == 1 && tensor.depth == 1 && channels >= kernels.lanes &&
-         kernels.element_size * kernels.lanes == 64;
+  return HasLines(kernels, tensor, channels, multiplier) && kernels.element_size * kernels.lanes == 64;
 }
 
 // Blocks of channels for each task, of even size.
@@ -319,7 +321,7 @@ void Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
   const int64_t lanes = kernels.lanes, element = kernels.element_size;
   const int64_t kernel = sizes.kernel_rows * sizes.kernel_columns;
   const bool in_place = IsLines(kernels, in, sizes.channels, in_multiplier) && kernel <= kInPlaceTaps;
-  const bool out_in_place = IsLines(kernels, out, sizes.channels, out_multiplier);
+  const bool out_in_place = HasLines(kernels, out, sizes.channels, out_multiplier);
   const Ring ring(kernels, rows, columns, in, in_multiplier, columns.Count());
   const int64_t blocks = CeilDiv(sizes.channels, lanes);
   const int64_t weight_plane = Odd(kernel), buffer_plane = Odd(ring.tile);
@@ -458,9 +460,10 @@ void Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
                              count,
                              {},
                              out_in_place ? out_step * element : line,
+                             out_in_place && lanes * element < line ? kernels.store : nullptr,
                              end - block,
                              sizes.multiplier * weight_plane,
-                             (out_in_place ? 1 : out_multiplier * buffer_plane) * line};
+                             out_in_place ? lanes * element : out_multiplier * buffer_plane * line};
             char* const result = to + channel * out_multiplier * out.depth * element;
             for (int64_t m = 0; m < out_multiplier; ++m) {
               for (int i = 0; i <= two; ++i) {
@@ -507,7 +510,7 @@ void Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
   const int64_t dy_rows = rows.Count(), all_rows = sizes.batch * dy_rows;
   const int64_t row_parts = std::max<int64_t>(CeilDiv(all_rows, 4 * (rows.Span() + 1)), 1);
   const int64_t most_blocks =
-      in_place && dy_in_place
+      HasLines(kernels, in, sizes.channels, 1) && HasLines(kernels, dy, sizes.channels, m_count)
           ? std::max(blocks / CeilDiv(kReductionTasks, sizes.problems * row_parts), 2 * kReductionBlocks)
           : kReductionBlocks;
   const int64_t task_blocks = BlocksPerTask(blocks, block_lines, most_blocks);
@@ -599,7 +602,7 @@ void Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
                 const int64_t zero = 0;
                 kernels.pack({const_cast<char*>(dy_start), packed_dy, dy_plane,
                               std::min(channels - channel, (end - block) * lanes), m_count,
-                              dy.column, dy.depth},
+                              dy.column, dy.depth, dy.row},
                              {&zero, 1, 1, 0, count, count});
               }
               for (int64_t m = 0; m < m_count; ++m) {
@@ -778,21 +781,19 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b,
   const Sizes sizes{xs[0], xs[1], fs[3], fs[4], fs[1], fs[2]};
   const Tensor xt(x.untyped_data(), xs, channels_first), yt(y.untyped_data(), ys, channels_first);
   const Tensor ft(f.untyped_data(), fs, false);
-  if (window_strides[0] == 1 && window_strides[1] == 1 && sizes.multiplier == 1) {
-    const bool is_transposed = *op == Op::kInputGrad;
-    const auto axis = [&](int i) {
-      const int64_t kernel = fs[1 + i], dilation = kernel == 1 ? 1 : rhs_dilation[i];
-      return is_transposed ? RowAxis{ys[height + i], xs[height + i], kernel, dilation,
-                                     low[i] - dilation * (kernel - 1)}
-                           : RowAxis{xs[height + i], ys[height + i], kernel, dilation, -low[i]};
-    };
-    const RowCall call{*kernels, sizes, channels_first, is_transposed, axis(0), axis(1),
-                       is_transposed ? yt : xt, ft, is_transposed ? xt : yt};
-    const bool is_filter_grad = *op == Op::kFilterGrad;
-    if (PrefersRows(call, is_filter_grad)) {
-      (is_filter_grad ? CorrelateRows : ConvolveRows)(pool, call);
-      return ffi::Error::Success();
-    }
+  const bool is_transposed = *op == Op::kInputGrad;
+  const auto row_axis = [&](int i) {
+    const int64_t kernel = fs[1 + i], dilation = kernel == 1 ? 1 : rhs_dilation[i];
+    const int64_t x_size = xs[height + i], y_size = ys[height + i];
+    if (!is_transposed) return RowAxis(x_size, y_size, kernel, dilation, -low[i], window_strides[i], false);
+    return RowAxis(y_size, x_size, kernel, dilation, low[i] - dilation * (kernel - 1), window_strides[i], true);
+  };
+  const RowCall call{*kernels, sizes, channels_first, is_transposed, row_axis(0), row_axis(1),
+                     is_transposed ? yt : xt, ft, is_transposed ? xt : yt};
+  const bool is_filter_grad = *op == Op::kFilterGrad;
+  if (PrefersRows(call, is_filter_grad)) {
+    (is_filter_grad ? CorrelateRows : ConvolveRows)(pool, call);
+    return ffi::Error::Success();
   }
   Axis axes[2];
   for (int i = 0; i < 2; ++i) {

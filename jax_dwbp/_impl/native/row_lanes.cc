@@ -29,66 +29,6 @@ constexpr int64_t kGroup = 4;
 // Taps of a long row that make a running sum.
 constexpr int64_t kRowPart = 16;
 
-template <typename T>
-constexpr int64_t kLanes = 64 / sizeof(T);
-
-// What a line has, or the first values of it.
-template <typename S, typename T>
-INLINE void LoadLine(const S* from, T* to) {
-  constexpr int kStep = VECTOR_BYTES / sizeof(T);
-  UNROLL for (int v = 0; v < kVectors; ++v) {
-    typename Vector<T>::type values;
-    if constexpr (sizeof(S) == sizeof(T)) {
-      values = Load<T>(reinterpret_cast<const char*>(from + v * kStep));
-    } else {
-      const HalfWords bits = *reinterpret_cast<const HalfWordsAnywhere*>(from + v * kStep);
-      values = Widen(__builtin_convertvector(bits, Words), S());
-    }
-    *reinterpret_cast<typename Vector<T>::unaligned*>(to + v * kStep) = values;
-  }
-}
-
-template <typename S>
-void CopyRows(const RowCopy& copy) {
-  using T = typename Compute<S>::type;
-  const S* from = static_cast<const S*>(copy.from);
-  T* to = reinterpret_cast<T*>(copy.to) + copy.first;
-  for (int64_t row = 0; row < copy.rows; ++row, from += copy.from_step, to += copy.to_step) {
-    if (copy.before) __builtin_memset(to - copy.before, 0, copy.before * sizeof(T));
-    if (copy.after) __builtin_memset(to + copy.count, 0, copy.after * sizeof(T));
-    int64_t i = 0;
-    for (; i + kLanes<T> <= copy.count; i += kLanes<T>) LoadLine(from + i, to + i);
-    if (i == copy.count) continue;
-    if constexpr (sizeof(S) == sizeof(T)) {
-      CopySome(from + i, to + i, copy.count - i);
-    } else {
-      S some[kLanes<T>] = {};
-      T values[kLanes<T>];
-      CopySome(from + i, some, copy.count - i);
-      LoadLine(some, values);
-      CopySome(values, to + i, copy.count - i);
-    }
-  }
-}
-
-template <typename S>
-void PackWeights(const RowWeights& weights) {
-  using T = typename Compute<S>::type;
-  const S* from = static_cast<const S*>(weights.from);
-  T* to = reinterpret_cast<T*>(weights.to);
-  for (int64_t tap = 0; tap < weights.taps; ++tap, to += kLanes<T>) {
-    const S* values = from + (weights.flipped ? weights.taps - 1 - tap : tap) * weights.tap_step;
-    if (weights.period == 1) {
-      T value;
-      Convert(*values, value);
-      for (int64_t l = 0; l < kLanes<T>; ++l) to[l] = value;
-      continue;
-    }
-    for (int64_t l = 0; l < weights.period; ++l) Convert(values[l], to[l]);
-    for (int64_t l = weights.period; l < kLanes<T>; ++l) to[l] = to[l - weights.period];
-  }
-}
-
 template <typename T, int kRows, int kLines>
 struct Sums {
   typename Vector<T>::type of[kRows][kLines][kVectors];
@@ -142,36 +82,41 @@ INLINE void AddTap(Sums<T, kRows, kLines>& sums, const T* read, int64_t line_ste
 template <typename T, int kRows, int kLines>
 INLINE Sums<T, kRows, kLines> SumAny(const RowConvolution& conv, const T* in, int64_t line) {
   const T* const weights = reinterpret_cast<const T*>(conv.weights);
-  const int64_t columns = conv.kernel_columns;
+  const int64_t columns = conv.column_count, weight_step = conv.weight_step * kLanes<T>;
   const int64_t parts = columns < kLongRow ? 1 : (columns + kRowPart - 1) / kRowPart;
-  const int64_t chain_rows = ChainRows(columns), steps = conv.kernel_rows + kRows - 1;
+  const int64_t chain_rows = ChainRows(Max(columns, 1));
   Sums<T, kRows, kLines> total = {}, sums = {}, pairs[kLevels];
   int64_t chained = 0, chains = 0, groups = 0;
-  for (int64_t i = 0; i < steps; ++i) {
-    const int64_t first = Max(0, i - conv.kernel_rows + 1), last = Min(i, kRows - 1);
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t begin = part * columns / parts, taps = (part + 1) * columns / parts - begin;
-      const T* const read = in + i * conv.in_step + begin * conv.tap_step;
-      const T* const weight = weights + ((i - first) * columns + begin) * kLanes<T>;
-      WithRows<kRows>(first, last, [&](auto first, auto last) __attribute__((always_inline)) {
-        constexpr int kFirst = decltype(first)::value, kLast = decltype(last)::value;
-        const T *x = read, *w = weight;
-        for (int64_t s = 0; s < taps; ++s, x += conv.tap_step, w += kLanes<T>) {
-          AddTap(sums, x, line, w, columns * kLanes<T>, kFirst, kLast);
-        }
-      });
-      if (++chained < chain_rows) continue;
-      total.Add(sums);
-      sums = {};
-      chained = 0;
-      if (++chains < kGroup) continue;
-      // Like a binary counter: where a bit is set, a sum of as many groups waits for its pair.
-      int level = 0;
-      for (; groups >> level & 1; ++level) total.Add(pairs[level]);
-      pairs[level] = total;
-      total = {};
-      chains = 0;
-      ++groups;
+  const auto chain = [&]() __attribute__((always_inline)) {
+    if (++chained < chain_rows) return;
+    total.Add(sums);
+    sums = {};
+    chained = 0;
+    if (++chains < kGroup) return;
+    // Like a binary counter: where a bit is set, a sum of as many groups waits for its pair.
+    int level = 0;
+    for (; groups >> level & 1; ++level) total.Add(pairs[level]);
+    pairs[level] = total;
+    total = {};
+    chains = 0;
+    ++groups;
+  };
+  const RowPiece *const pieces = conv.pieces, *const end = pieces + conv.piece_count;
+  for (const RowPiece* piece = pieces; piece < end; ++piece) {
+    const T* row = in + piece->first;
+    for (int64_t i = 0; i < piece->rows + kRows - 1; ++i, row += conv.in_step) {
+      const int64_t first = Max(0, i - piece->rows + 1), last = Min(i, kRows - 1);
+      const T* weight = weights + piece->weight * kLanes<T> + (i - first) * weight_step;
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t begin = part * columns / parts, part_end = (part + 1) * columns / parts;
+        WithRows<kRows>(first, last, [&](auto first, auto last) __attribute__((always_inline)) {
+          constexpr int kFirst = decltype(first)::value, kLast = decltype(last)::value;
+          for (int64_t s = begin; s < part_end; ++s, weight += kLanes<T>) {
+            AddTap(sums, row + conv.columns[s], line, weight, weight_step, kFirst, kLast);
+          }
+        });
+        chain();
+      }
     }
   }
   total.Add(sums);
@@ -181,13 +126,31 @@ INLINE Sums<T, kRows, kLines> SumAny(const RowConvolution& conv, const T* in, in
   return total;
 }
 
+// From what a column of the filter reads to what the next one reads, if that is the same for all.
+INLINE int64_t TapStep(const RowConvolution& conv) {
+  return conv.column_count > 1 ? conv.columns[1] - conv.columns[0] : 0;
+}
+
+// Whether it is one piece with as many rows and columns, whose columns are as far apart as each other.
+template <typename F>
+bool Is(const RowConvolution& conv) {
+  bool is = conv.piece_count == 1 && conv.pieces->rows == F::kRows && conv.column_count == F::kColumns &&
+            conv.weight_step == F::kColumns;
+  for (int s = 1; is && s < F::kColumns; ++s) {
+    is = conv.columns[s] - conv.columns[s - 1] == TapStep(conv);
+  }
+  return is;
+}
+
 // The sums of a filter of few taps, without a branch.
 template <typename T, typename F, int kRows, int kLines>
 INLINE Sums<T, kRows, kLines> SumKnown(const RowConvolution& conv, const T* in, int64_t line) {
   using V = typename Vector<T>::type;
   constexpr int kChainRows = ChainRows(F::kColumns);
-  const T* const weights = reinterpret_cast<const T*>(conv.weights);
+  const T* const weights = reinterpret_cast<const T*>(conv.weights + conv.pieces->weight);
+  const int64_t tap_step = TapStep(conv);
   Sums<T, kRows, kLines> total = {}, sums = {};
+  in += conv.pieces->first + conv.columns[0];
   UNROLL for (int i = 0; i < kRows + F::kRows - 1; ++i, in += conv.in_step) {
     const T* read = in;
     AS_POINTER(read);
@@ -204,7 +167,7 @@ INLINE Sums<T, kRows, kLines> SumKnown(const RowConvolution& conv, const T* in, 
     const int first = Max(0, i - F::kRows + 1), last = Min(i, kRows - 1);
     const T* weight = weights + (i - first) * F::kColumns * kLanes<T>;
     AS_POINTER(weight);
-    UNROLL for (int s = 0; s < F::kColumns; ++s, read += conv.tap_step, weight += kLanes<T>) {
+    UNROLL for (int s = 0; s < F::kColumns; ++s, read += tap_step, weight += kLanes<T>) {
       AddTap(sums, read, line, weight, F::kColumns * kLanes<T>, first, last);
       AS_POINTER(read);
     }
@@ -212,28 +175,6 @@ INLINE Sums<T, kRows, kLines> SumKnown(const RowConvolution& conv, const T* in, 
   }
   total.Add(sums);
   return total;
-}
-
-template <typename S, typename T>
-INLINE void StoreWholeLine(const typename Vector<T>::type (&line)[kVectors], S* to) {
-  constexpr int kStep = VECTOR_BYTES / sizeof(T);
-  UNROLL for (int v = 0; v < kVectors; ++v) {
-    if constexpr (sizeof(S) == sizeof(T)) {
-      *reinterpret_cast<typename Vector<T>::unaligned*>(to + v * kStep) = line[v];
-    } else {
-      *reinterpret_cast<HalfWordsAnywhere*>(to + v * kStep) =
-          __builtin_convertvector(Narrow(line[v], S()), HalfWords);
-    }
-  }
-}
-
-// Stores the first `count` values of a line.
-template <typename S, typename T>
-INLINE void StoreLine(const typename Vector<T>::type (&line)[kVectors], int64_t count, S* to) {
-  if (count >= kLanes<T>) return StoreWholeLine<S, T>(line, to);
-  S values[kLanes<T>];
-  StoreWholeLine<S, T>(line, values);
-  CopySome(values, to, count);
 }
 
 // Lines of a result that are computed together: side by side or, of the same columns, from one row of
@@ -249,19 +190,21 @@ struct Block {
 };
 
 template <typename S, typename F, int kRows, int kLines>
-__attribute__((noinline)) void ConvolveBlocks(const RowConvolution& convolution, Block<S> block) {
+__attribute__((noinline)) void ConvolveBlocks(const RowConvolution& convolution, const Block<S>& block) {
   using T = typename Compute<S>::type;
   // A copy, which no result that is stored may change.
   const RowConvolution conv = convolution;
-  for (int64_t i = 0; i < block.blocks; ++i, block.in += block.step, block.out += block.step) {
+  const T* in = block.in;
+  S* first_out = block.out;
+  for (int64_t i = 0; i < block.blocks; ++i, in += block.step, first_out += block.step) {
     Sums<T, kRows, kLines> sums;
     if constexpr (F::kRows > 0) {
-      sums = SumKnown<T, F, kRows, kLines>(conv, block.in, block.in_line);
+      sums = SumKnown<T, F, kRows, kLines>(conv, in, block.in_line);
     } else {
-      sums = SumAny<T, kRows, kLines>(conv, block.in, block.in_line);
+      sums = SumAny<T, kRows, kLines>(conv, in, block.in_line);
     }
     UNROLL for (int l = 0; l < kLines; ++l) {
-      S* const out = block.out + l * block.out_line;
+      S* const out = first_out + l * block.out_line;
       const int64_t rows = block.rows - l * block.rows_of_line;
       UNROLL for (int o = 0; o < kRows; ++o) {
         if (o < rows) StoreLine<S, T>(sums.of[o][l], block.values, out + o * conv.out_step);
@@ -282,7 +225,7 @@ INLINE void ConvolveStacked(const RowConvolution& conv, const Block<S>& block, i
 template <typename S, typename F, int kRows, int kLines>
 void ConvolveRows(const RowConvolution& conv) {
   using T = typename Compute<S>::type;
-  const T* in = reinterpret_cast<const T*>(conv.in) + conv.first;
+  const T* in = reinterpret_cast<const T*>(conv.in);
   S* out = static_cast<S*>(conv.out);
   const int64_t whole_lines = conv.width < kLanes<T> ? 0 : (conv.width - kLanes<T>) / conv.line_step + 1;
   const int64_t blocks = whole_lines / kLines, step = kLines * conv.line_step;
@@ -308,16 +251,14 @@ template <typename S>
 void Convolve(const RowConvolution& conv) {
   if (conv.by_row) return ConvolveRows<S, Known<>, 1, LINES_OF_ONE>(conv);
   if constexpr (sizeof(typename Compute<S>::type) == 4) {
-    if (conv.kernel_rows == 3 && conv.kernel_columns == 3) {
-      return ConvolveRows<S, Known<3, 3>, ROWS, LINES>(conv);
-    }
+    if (Is<Known<3, 3>>(conv)) return ConvolveRows<S, Known<3, 3>, ROWS, LINES>(conv);
   }
   ConvolveRows<S, Known<>, ROWS, LINES>(conv);
 }
 
 template <typename S>
 constexpr RowKernels Table() {
-  return {ROWS, CopyRows<S>, PackWeights<S>, Convolve<S>};
+  return {ROWS, Convolve<S>};
 }
 
 }  // namespace

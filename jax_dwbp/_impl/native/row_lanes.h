@@ -1,5 +1,5 @@
-// What the scheduler of rows (row_schedule.cc) asks of the vector code (row_lanes.cc), which is compiled
-// once for each instruction set.
+// What the schedulers of rows (row_schedule.cc, row_reduction.cc) ask of the vector code (row_moves.cc,
+// row_lanes.cc, row_sums.cc), which is compiled once for each instruction set.
 //
 // Here a vector, of as many values as a line has, is a part of a row: of a row of pixels with few
 // channels, whose weights repeat themselves from pixel to pixel, or of a row of a plane, whose weights
@@ -16,11 +16,32 @@ namespace jax_dwbp {
 
 struct Line;
 
+// Lines that a pixel may have.
+constexpr int64_t kMostLinesOfPixel = 8;
+
+// How pixels of the caller's array are packed, in elements. Value v of a pixel is v / repeats * value_step
+// behind its first one.
+struct RowPixels {
+  int64_t period;  // values
+  int64_t repeats, value_step;
+  int64_t column_step;  // from one pixel to the next
+
+  bool AreDense() const { return repeats == 1 && value_step == 1 && column_step == period; }
+  // From the first value of a pixel to behind its last one.
+  int64_t Span() const { return (period - 1) / repeats * value_step + 1; }
+  // Pixels that two lines have and one line holds, of which 0 says less than a whole one.
+  int64_t AtOnce(int64_t lanes) const {
+    const int64_t read = (2 * lanes - Span()) / column_step + 1;
+    return read < lanes / period ? read : lanes / period;
+  }
+};
+
 // Rows of the caller's array, to be packed.
 struct RowCopy {
   const void* from;
   int64_t from_step;      // elements from one row to the next
   int64_t rows;
+  RowPixels pixels;
   int64_t count;          // values of a row
   Line* to;
   int64_t first;          // values from `to` to the first that is copied
@@ -31,34 +52,64 @@ struct RowCopy {
 // The weights of a filter, to be packed: a line for each tap.
 struct RowWeights {
   const void* from;
-  int64_t taps;
-  int64_t tap_step;  // elements from one tap to the next
-  int64_t period;    // values of a tap, which are repeated
-  bool flipped;      // the last tap first
+  const int64_t* taps;  // which of the filter's comes first, and so on
+  int64_t tap_count;
+  int64_t tap_step;     // elements from one tap to the next
+  int64_t period;       // values of a tap, which are repeated
+  int64_t first;        // that of them with which a line starts
+  int64_t value_step;   // elements from one of them to the next
   Line* to;
 };
 
-// Rows of a result. Row p and tap row r meet in row p + r of what is packed.
+// Phases of rows of a result, to be stored: pixel t * phases + i of a row is the t-th of phase i. Of two
+// phases lines are read behind what counts.
+struct RowInterleave {
+  const void* from;
+  int64_t from_step, from_row_step;  // elements from one phase to the next, and from one row to the next
+  int64_t rows;
+  int64_t phases, period;
+  int64_t count;                     // values of a row of the result
+  void* to;
+  int64_t to_step;                   // elements from one row to the next
+};
+
+// Of one instruction set and one data type.
+struct RowMoves {
+  bool by_vectors;  // pixels that are not dense and, of two phases, those of a result
+  void (*copy)(const RowCopy&);
+  void (*weights)(const RowWeights&);
+  void (*interleave)(const RowInterleave&);
+};
+
+// Rows of the filter that read rows of the source which lie side by side: row r of them meets row p of the
+// result in row p + r of what is packed.
+struct RowPiece {
+  int64_t first;   // the value that row 0 reads for row 0
+  int64_t weight;  // the line of its first weight
+  int64_t rows;
+};
+
+// Rows of a result, which are a sum of pieces.
 struct RowConvolution {
-  const Line* in;        // what the first tap reads for the first row, from its value `first` on
-  int64_t first;
-  int64_t in_step;       // values from one row to the next
+  const Line* in;
+  int64_t in_step;         // values from one row to the next
+  const RowPiece* pieces;
+  int64_t piece_count;
+  const int64_t* columns;  // of the filter: the values from what a row's first value is to what each reads
+  int64_t column_count;
   const Line* weights;
-  int64_t kernel_rows, kernel_columns;
-  int64_t tap_step;      // values from one column of the filter to the next
-  int64_t rows, width;   // of the result
-  int64_t line_step;     // values from one line to the next: a multiple of the weights' period
+  int64_t weight_step;     // lines from one row of the filter to the next
+  int64_t rows, width;     // of the result
+  int64_t line_step;       // values from one line to the next: a multiple of the weights' period
   void* out;
-  int64_t out_step;      // elements from one row to the next
-  bool by_row;           // no rows are computed together
+  int64_t out_step;        // elements from one row to the next
+  bool by_row;             // no rows are computed together
 };
 
 // Of one instruction set and one data type.
 struct RowKernels {
   // Rows are computed so many at a time: behind the last one there may be anything, but must be memory.
   int64_t rows;
-  void (*copy)(const RowCopy&);
-  void (*weights)(const RowWeights&);
   void (*convolve)(const RowConvolution&);
 };
 
@@ -75,6 +126,7 @@ struct RowCorrelation {
   int64_t tap_step;          // values from one column of the filter to the next
   int64_t lines, line_step;  // of a row
   Line* sums;                // of each tap, to which is added
+  int64_t sum_step;          // lines from one row of the filter to the next
 };
 
 // The values of lines that are a sum, of which the first `values` count, are added to one value for each
@@ -90,9 +142,10 @@ struct RowJoin {
   Line* parts;
   int64_t part_count;
   int64_t part_step;  // values from one part to the next
-  int64_t taps, period;
+  const int64_t* taps;  // which of the filter's is the first, and so on
+  int64_t tap_count, period;
   void* to;
-  int64_t tap_step;  // elements from one tap to the next
+  int64_t tap_step;     // elements from one tap to the next
 };
 
 struct RowSums {
@@ -102,6 +155,9 @@ struct RowSums {
 };
 
 // By data type.
+extern const RowMoves BaselineRowMoves[4];
+extern const RowMoves Avx2RowMoves[4];
+extern const RowMoves Avx512RowMoves[4];
 extern const RowSums BaselineRowSums[4];
 extern const RowSums Avx2RowSums[4];
 extern const RowSums Avx512RowSums[4];

@@ -33,18 +33,23 @@ struct SumPlan {
         line_step(lanes / period * period),
         taps(call.rows.kernel * call.columns.kernel),
         filters(call.sizes.problems * call.Planes()) {
-    const int64_t element = sizeof(Line) / lanes, span = call.columns.Span();
-    column = std::max<int64_t>(0, -call.columns.first - span);
-    const int64_t end = std::min(call.columns.out, call.columns.in - call.columns.first);
+    const RowAxis &rows = call.rows, &across = call.columns;
+    const int64_t element = sizeof(Line) / lanes;
+    int64_t end = 0;
+    column = across.out;
+    for (const RowRegion& region : across.regions) {
+      column = std::min(column, std::max<int64_t>(0, -region.first - region.extra));
+      end = std::max(end, std::min(across.out, across.InSize(region.phase) - region.first));
+    }
     columns = std::max<int64_t>(0, end - column);
-    tile = std::clamp<int64_t>(columns, 1, std::max(kRowBytes / element / period - span, span + 1));
+    tile = std::clamp<int64_t>(columns, 1, across.Fitting(kRowBytes / element / period));
     tiles = CeilDiv(columns, tile);
-    in_step = (CeilDiv((tile + span) * period, lanes) | 1) * lanes;
+    in_step = (CeilDiv(across.Packed(tile) * period, lanes) | 1) * lanes;
     dy_step = (CeilDiv(tile * period, lanes) | 1) * lanes;
-    const int64_t row_span = call.rows.Span();
-    const int64_t fitting = kBandBytes / element / (in_step + dy_step) - row_span;
-    bands = CeilDiv(call.rows.out, std::max(fitting, row_span + 1));
-    band = CeilDiv(call.rows.out, bands);
+    const int64_t row_step = static_cast<int64_t>(rows.regions.size()) * in_step + dy_step;
+    const int64_t fitting = (kBandBytes / element - rows.extra * in_step) / row_step;
+    bands = CeilDiv(rows.out, std::max(fitting, rows.Least()));
+    band = CeilDiv(rows.out, bands);
     units = call.sizes.batch * bands * tiles;
     fold_lines = CeilDiv(taps * period, lanes);
     const int64_t most = kPartBytes / static_cast<int64_t>(sizeof(Line)) / (filters * fold_lines);
@@ -53,7 +58,7 @@ struct SumPlan {
     threads = work < kSmall ? 1 : std::max<int64_t>(pool_threads, 1);  // a host may have no pool
     group = parts > 1 ? 1 : CeilDiv(filters, kTasks * threads);
     // With what the last line reads behind its row.
-    in_lines = (band + row_span) * in_step / lanes + 1;
+    in_lines = rows.Packed(band) * in_step / lanes + 1;
     dy_lines = band * dy_step / lanes + 1;
     lines = in_lines + dy_lines + 2 * taps + fold_lines;
   }
@@ -95,28 +100,40 @@ struct Sums {
     const int64_t row = band * plan.band, rows = std::min(plan.band, call.rows.out - row);
     const int64_t column = plan.column + tile * plan.tile;
     const int64_t columns = std::min(plan.tile, plan.column + plan.columns - column);
-    const int64_t in_row = std::max<int64_t>(0, row + call.rows.first);
-    const int64_t in_end = std::min(call.rows.in, row + rows + call.rows.first + call.rows.Span());
-    if (in_row >= in_end) return;
-    CopyColumns(call.kernels, plan.period, call.in, x_plane,
-                {in_row, in_end - in_row, column + call.columns.first, columns + call.columns.Span(),
-                 call.columns.in, has_zeros},
-                in, 0, plan.in_step);
-    has_zeros = plan.bands * plan.tiles == 1;
-    CopyColumns(call.kernels, plan.period, call.out, dy_plane,
-                {row, rows, column, columns, call.columns.out, true}, dy, 0, plan.dy_step);
+    CopyWindow(call.kernels, {plan.period, 1, 1, call.out.column}, call.out.row, dy_plane,
+               {row, 1, rows, 0, 1, column, columns, call.columns.out, true}, dy, 0, plan.dy_step);
     const int64_t values = columns * plan.period, whole = values / plan.line_step;
     if (values % plan.line_step != rest || summed + rows * (whole + 1) > kFoldLines) Fold();
     rest = values % plan.line_step;
     summed += rows * (whole + 1);
-    const int64_t firsts[] = {0, whole * plan.line_step}, counts[] = {whole, rest > 0};
-    for (int i = 0; i < 2; ++i) {
-      if (counts[i] == 0) continue;
-      call.kernels.row_sums->correlate(
-          {in, firsts[i], plan.in_step, in_end - in_row, dy, firsts[i], plan.dy_step, rows,
-           row + call.rows.first - in_row, call.rows.dilation, call.rows.kernel, call.columns.kernel,
-           call.columns.dilation * plan.period, counts[i], plan.line_step, lines[i]});
+    for (size_t i = 0; i < call.rows.regions.size(); ++i) {
+      const RowRegion& region = call.rows.regions[i];
+      const int64_t in_row = std::max<int64_t>(0, row + region.first);
+      const int64_t in_end =
+          std::min(call.rows.InSize(region.phase), row + rows + region.first + region.extra);
+      if (in_row >= in_end) continue;
+      const int64_t start = call.rows.Start(i, plan.band) * plan.in_step;
+      for (size_t j = 0; j < call.columns.regions.size(); ++j) {
+        const RowRegion& side = call.columns.regions[j];
+        const int64_t first = start + call.columns.Start(j, plan.tile) * plan.period;
+        CopyWindow(call.kernels, call.InPixels(), call.in.row, x_plane,
+                   {in_row * call.rows.read_step + region.phase, call.rows.read_step, in_end - in_row,
+                    side.phase, call.columns.read_step, column + side.first, columns + side.extra,
+                    call.columns.InSize(side.phase), has_zeros},
+                   in, first, plan.in_step);
+        const int64_t line = call.rows.Before(i) * call.columns.kernel + call.columns.Before(j);
+        const int64_t firsts[] = {0, whole * plan.line_step}, counts[] = {whole, rest > 0};
+        for (int k = 0; k < 2; ++k) {
+          if (counts[k] == 0) continue;
+          call.kernels.row_sums->correlate(
+              {in, first + firsts[k], plan.in_step, in_end - in_row, dy, firsts[k], plan.dy_step, rows,
+               row + region.first - in_row, call.rows.dilation, call.rows.taps[i].count,
+               call.columns.taps[j].count, call.columns.dilation * plan.period, counts[k], plan.line_step,
+               lines[k] + line, call.columns.kernel});
+        }
+      }
     }
+    has_zeros = plan.bands * plan.tiles == 1;
   }
 };
 
@@ -128,12 +145,13 @@ void CorrelateRows(ffi::ThreadPool& pool, const RowCall& call) {
   const int64_t element = call.kernels.element_size, channels = call.Planes();
   const int64_t groups = CeilDiv(plan.filters, plan.group);
   const bool has_parts = plan.parts > 1;
+  const std::vector<int64_t> taps = call.Taps();
   const std::unique_ptr<Line[]> memory(
       has_parts ? new Line[plan.filters * plan.parts * plan.fold_lines] : nullptr);
   const auto join = [&](int64_t filter, Line* parts) {
     const int64_t out = filter / channels * call.filter.problem + filter % channels;
-    kernels.join({parts, plan.parts, plan.fold_lines * plan.lanes, plan.taps, plan.period,
-                  call.filter.data + out * element, call.sizes.channels});
+    kernels.join({parts, plan.parts, plan.fold_lines * plan.lanes, taps.data(), plan.taps, plan.period,
+                  call.filter.data + out * element, call.TapStep()});
   };
   ParallelFor(pool, plan.threads, groups * plan.parts, plan.lines, [&](Scratch& scratch, int64_t task) {
     const int64_t part = task % plan.parts, group = task / plan.parts;
@@ -148,8 +166,8 @@ void CorrelateRows(ffi::ThreadPool& pool, const RowCall& call) {
       for (int64_t unit = part * plan.units / plan.parts; unit < last; ++unit) {
         const int64_t tile = unit % plan.tiles, band = unit / plan.tiles % plan.bands;
         const int64_t image = problem * call.sizes.batch + unit / plan.tiles / plan.bands;
-        sums.Add(call.in.data + (image * call.in.image + channel * call.in.depth) * element,
-                 call.out.data + (image * call.out.image + channel * call.out.depth) * element, band, tile);
+        sums.Add(call.in.data + (image * call.in.image + call.InPlane(channel)) * element,
+                 call.out.data + (image * call.out.image + call.OutPlane(channel)) * element, band, tile);
       }
       sums.Fold();
       if (!has_parts) join(filter, total);

@@ -3,30 +3,53 @@
 #ifndef JAX_DWBP_ROW_SCHEDULE_H_
 #define JAX_DWBP_ROW_SCHEDULE_H_
 
+#include <numeric>
+
+#include "row_axis.h"
+#include "row_lanes.h"
 #include "runtime.h"
 
 namespace jax_dwbp {
 
-// Reads first + t + dilation * k to write t, for each k of the filter.
-struct RowAxis {
-  int64_t in, out, kernel, dilation, first;
-
-  int64_t Span() const { return dilation * (kernel - 1); }
-};
-
-// A forward op, or an input gradient, which is one of the flipped filter. The stride and the depth
-// multiplier are 1.
+// A forward op, or an input gradient, which is a transposed one of the flipped filter.
 // For a filter gradient `in` is the input and `out` the gradient by the result.
+//
+// Of a depth multiplier each value of the input is repeated as often as it has results or, where these are
+// planes of their own, read for each of them. An input gradient is a sum of as many sources.
 struct RowCall {
   const Kernels& kernels;
   Sizes sizes;
-  bool channels_first, flipped;
+  bool channels_first, is_transposed;
   RowAxis rows, columns;
   Tensor in, filter, out;
 
+  int64_t Sources() const { return is_transposed ? sizes.multiplier : 1; }
+  int64_t Repeats() const { return is_transposed || channels_first ? 1 : sizes.multiplier; }
   // Values of a pixel that lie side by side, with weights of their own, and planes of an image.
-  int64_t Period() const { return channels_first ? 1 : sizes.channels; }
-  int64_t Planes() const { return channels_first ? sizes.channels : 1; }
+  int64_t Period() const { return channels_first ? 1 : sizes.channels * Repeats(); }
+  // From one line of a row to the next that has the same weights, and the lines between them, each with its own.
+  int64_t LineStep() const {
+    const int64_t lanes = kernels.lanes, period = Period();
+    return period <= lanes ? lanes / period * period : std::lcm(lanes, period);
+  }
+  int64_t Variants() const { return CeilDiv(LineStep(), kernels.lanes); }
+  int64_t Planes() const {
+    return channels_first ? sizes.channels * (is_transposed ? 1 : sizes.multiplier) : 1;
+  }
+  // Of a plane: the first elements of what it reads, of its weights and of its result.
+  int64_t InPlane(int64_t plane) const {
+    return (is_transposed ? plane * sizes.multiplier : plane / sizes.multiplier) * in.depth;
+  }
+  int64_t FilterPlane(int64_t plane) const { return plane * Sources(); }
+  int64_t OutPlane(int64_t plane) const { return plane * out.depth; }
+  // From one source to the next.
+  int64_t SourceStep() const { return channels_first ? in.depth : 1; }
+  RowPixels InPixels() const { return {Period(), Repeats(), channels_first ? 1 : Sources(), in.column}; }
+  // From one tap of the filter to the next, and from one value of it to the next that is of the same source.
+  int64_t TapStep() const { return sizes.channels * sizes.multiplier; }
+  int64_t ValueStep() const { return Sources(); }
+  // The taps of the filter, in the order in which they are packed.
+  std::vector<int64_t> Taps() const;
 };
 
 // Whether rows are the better vectors for it.
@@ -42,16 +65,18 @@ constexpr int64_t kRowBytes = 16 << 10;
 // Tasks for each thread.
 constexpr int64_t kTasks = 4;
 
-// Columns of rows that there are. Those outside are zeros, which may be there already.
+// Rows that there are, and columns of a phase. Of the columns those outside are zeros, which may be there
+// already.
 struct RowWindow {
-  int64_t row, rows, column, columns;
-  int64_t size;  // columns that there are
+  int64_t row, row_step, rows;
+  int64_t phase, column_step, column, columns;
+  int64_t size;  // columns of the phase that there are
   bool has_zeros;
 };
 
 // Packs them, from value `first` of `to` on.
-void CopyColumns(const Kernels& kernels, int64_t period, const Tensor& tensor, const char* plane,
-                 const RowWindow& window, Line* to, int64_t first, int64_t to_step);
+void CopyWindow(const Kernels& kernels, RowPixels pixels, int64_t row_step, const char* plane,
+                const RowWindow& window, Line* to, int64_t first, int64_t to_step);
 
 }  // namespace jax_dwbp
 

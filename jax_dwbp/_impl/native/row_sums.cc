@@ -19,9 +19,6 @@ constexpr int kSumRows = 3;
 // A running sum of one lane has at most so many products, but for those of one row.
 constexpr int64_t kChainLines = 128;
 
-template <typename T>
-constexpr int64_t kLanes = 64 / sizeof(T);
-
 // Adds the products of one row with those that `first` to `last` of the rows of dy meet there.
 template <typename T, int kRows, int kColumns>
 INLINE void AddLines(typename Vector<T>::type (&sums)[kRows][kColumns], const RowCorrelation& corr,
@@ -55,14 +52,14 @@ __attribute__((noinline)) void SumTaps(const RowCorrelation& corr, int64_t r, in
   const int64_t rows = Min(kRows, corr.kernel_rows - r);
   const T* read = reinterpret_cast<const T*>(corr.in) + corr.first + s * corr.tap_step + v * kStep;
   const T* const dys = reinterpret_cast<const T*>(corr.dy) + corr.dy_first + v * kStep;
-  T* const totals = reinterpret_cast<T*>(corr.sums) + (r * corr.kernel_columns + s) * kLanes<T> + v * kStep;
+  T* const totals = reinterpret_cast<T*>(corr.sums + r * corr.sum_step + s) + v * kStep;
   V sums[kRows][kColumns] = {};
   int64_t chained = 0;
   const auto flush = [&]() __attribute__((always_inline)) {
     UNROLL for (int i = 0; i < kRows; ++i) {
       if (i >= rows) break;
       UNROLL for (int k = 0; k < kColumns; ++k) {
-        *reinterpret_cast<V*>(totals + (i * corr.kernel_columns + k) * kLanes<T>) += sums[i][k];
+        *reinterpret_cast<V*>(totals + (i * corr.sum_step + k) * kLanes<T>) += sums[i][k];
         sums[i][k] = V{};
       }
     }
@@ -137,7 +134,7 @@ template <typename S>
 void Join(const RowJoin& join) {
   using T = typename Compute<S>::type;
   T* const parts = reinterpret_cast<T*>(join.parts);
-  const int64_t values = join.taps * join.period;
+  const int64_t values = join.tap_count * join.period;
   for (int64_t count = join.part_count, half; count > 1; count = half) {
     half = (count + 1) / 2;
     for (int64_t part = 0; part < count - half; ++part) {
@@ -145,8 +142,8 @@ void Join(const RowJoin& join) {
       for (int64_t i = 0; i < values; ++i) a[i] += b[i];
     }
   }
-  S* to = static_cast<S*>(join.to);
-  for (int64_t tap = 0; tap < join.taps; ++tap, to += join.tap_step) {
+  for (int64_t tap = 0; tap < join.tap_count; ++tap) {
+    S* const to = static_cast<S*>(join.to) + join.taps[tap] * join.tap_step;
     for (int64_t i = 0; i < join.period; ++i) Convert(parts[tap * join.period + i], to[i]);
   }
 }

@@ -22,6 +22,7 @@
 #endif
 
 #include "kernels.h"
+#include "row_axis.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_dwbp {
@@ -35,7 +36,6 @@ constexpr int64_t kSmall = 1 << 14;
 // How often the calling thread looks whether the others are done, before it sleeps.
 constexpr int kSpins = 200;
 
-inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Sizes {
   int64_t problems, batch, channels, multiplier, kernel_rows, kernel_columns;

@@ -39,6 +39,10 @@ namespace jax_dwbp {
 namespace {
 
 constexpr int kVectors = 64 / VECTOR_BYTES;
+// Values of a line.
+template <typename T>
+constexpr int64_t kLanes = 64 / sizeof(T);
+
 // A running sum has about kChain products: two rows of the filter at least, or one of kLongRow taps or
 // more. Such sums are added pairwise, so that a rounding error grows with the logarithm of the filter's
 // size. By single rows, filters of 5 to 15 columns would take 1.1 to 1.2 times as long, for a mean error
@@ -116,21 +120,6 @@ struct Compute<double> {
   using type = double;
 };
 
-template <typename From, typename To, int count>
-INLINE void CopyFixed(const From* from, To* to) {
-  for (int i = 0; i < count; ++i) Convert(from[i], to[i]);
-}
-
-// Fewer than 16 values, by halves.
-template <typename From, typename To>
-INLINE void CopyTail(const From* from, To* to, int64_t count) {
-  int64_t i = 0;
-  if (count & 8) CopyFixed<From, To, 8>(from + i, to + i), i += 8;
-  if (count & 4) CopyFixed<From, To, 4>(from + i, to + i), i += 4;
-  if (count & 2) CopyFixed<From, To, 2>(from + i, to + i), i += 2;
-  if (count & 1) CopyFixed<From, To, 1>(from + i, to + i);
-}
-
 // The same for whole vectors, which compilers do not see in the loops around those above.
 typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
 typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
@@ -138,16 +127,24 @@ typedef uint16_t HalfWords __attribute__((vector_size(VECTOR_BYTES / 2)));
 typedef uint16_t HalfWordsAnywhere
     __attribute__((vector_size(VECTOR_BYTES / 2), may_alias, aligned(2)));
 
-INLINE Floats Widen(Words bits, Brain) { return reinterpret_cast<Floats>(bits << 16); }
-
-INLINE Words Narrow(Floats value, Brain) {
-  const Words bits = reinterpret_cast<Words>(value);
-  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return (bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded;
+INLINE Floats Widen(HalfWords bits, Brain) {
+  return reinterpret_cast<Floats>(__builtin_convertvector(bits, Words) << 16);
 }
 
-INLINE Floats Widen(Words bits, Half) {
+INLINE HalfWords Narrow(Floats value, Brain) {
+  const Words bits = reinterpret_cast<Words>(value);
+  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Words narrow = (bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded;
+  return __builtin_convertvector(narrow, HalfWords);
+}
+
+// The processor's own conversions heed no mode of subnormal values.
+INLINE Floats Widen(HalfWords half, Half) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Floats>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(half)));
+#else
   typedef int32_t Integers __attribute__((vector_size(VECTOR_BYTES)));
+  const Words bits = __builtin_convertvector(half, Words);
   const Words sign = (bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;
   const Words exponent = magnitude >= 0x7c00 ? Words{} + (224u << 23) : Words{} + (112u << 23);
   const Words normal = (magnitude << 13) + exponent;
@@ -155,9 +152,14 @@ INLINE Floats Widen(Words bits, Half) {
       __builtin_convertvector(reinterpret_cast<Integers>(magnitude), Floats) * 0x1p-24f;
   return reinterpret_cast<Floats>(
       sign | (magnitude < 0x400 ? reinterpret_cast<Words>(subnormal) : normal));
+#endif
 }
 
-INLINE Words Narrow(Floats value, Half) {
+INLINE HalfWords Narrow(Floats value, Half) {
+#if defined(__AVX512F__)
+  constexpr int kToNearest = 8;  // without exceptions
+  return reinterpret_cast<HalfWords>(_mm512_cvtps_ph(reinterpret_cast<__m512>(value), kToNearest));
+#else
   const Words bits = reinterpret_cast<Words>(value), sign = bits >> 31 << 15;
   const Words magnitude = bits & 0x7fffffff;
   const Words subnormal =
@@ -165,27 +167,70 @@ INLINE Words Narrow(Floats value, Half) {
   const Words normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   const Words finite = magnitude < (113u << 23) ? subnormal : normal;
   const Words special = magnitude > 0x7f800000 ? Words{} + 0x7e00 : Words{} + 0x7c00;
-  return sign | (magnitude >= (143u << 23) ? special : finite);
+  return __builtin_convertvector(sign | (magnitude >= (143u << 23) ? special : finite), HalfWords);
+#endif
 }
+
+INLINE constexpr int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE constexpr int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+#if defined(__AVX512F__)
+// As many values of a caller's array as a line has.
+template <typename S>
+struct Raw {
+  using type = __m256i;
+};
+template <>
+struct Raw<float> {
+  using type = __m512;
+};
+template <>
+struct Raw<double> {
+  using type = __m512d;
+};
+
+// The first `count` of them, be it none or more than there are, and zeros.
+template <typename S>
+INLINE typename Raw<S>::type LoadRaw(const S* from, int64_t count) {
+  typename Raw<S>::type values;
+  if (count >= static_cast<int64_t>(sizeof(values) / sizeof(S))) {
+    __builtin_memcpy(&values, from, sizeof(values));
+    return values;
+  }
+  const uint32_t mask = (uint32_t{1} << Max(count, 0)) - 1;
+  if constexpr (sizeof(S) == 8) {
+    return _mm512_maskz_loadu_pd(mask, from);
+  } else if constexpr (sizeof(S) == 4) {
+    return _mm512_maskz_loadu_ps(mask, from);
+  } else {
+    return _mm256_maskz_loadu_epi16(mask, from);
+  }
+}
+
+template <typename S>
+INLINE void StoreRaw(typename Raw<S>::type values, int64_t count, S* to) {
+  // What is stored by a mask can't be loaded before it is in the cache.
+  if (count >= static_cast<int64_t>(sizeof(values) / sizeof(S))) {
+    __builtin_memcpy(to, &values, sizeof(values));
+    return;
+  }
+  const uint32_t mask = (uint32_t{1} << Max(count, 0)) - 1;
+  if constexpr (sizeof(S) == 8) {
+    _mm512_mask_storeu_pd(to, mask, values);
+  } else if constexpr (sizeof(S) == 4) {
+    _mm512_mask_storeu_ps(to, mask, values);
+  } else {
+    _mm256_mask_storeu_epi16(to, mask, values);
+  }
+}
+#endif
 
 // Copies fewer values than a line has.
 template <typename S, int kCount = 8>
 INLINE void CopySome(const S* from, S* to, int64_t count) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(S) == 4) {
-    const __mmask16 mask = (1u << count) - 1;
-    _mm512_mask_storeu_ps(to, mask, _mm512_maskz_loadu_ps(mask, from));
-    return;
-  } else if constexpr (sizeof(S) == 8) {
-    const __mmask8 mask = (1u << count) - 1;
-    _mm512_mask_storeu_pd(to, mask, _mm512_maskz_loadu_pd(mask, from));
-    return;
-  } else if constexpr (sizeof(S) == 2) {
-    const __mmask16 mask = (1u << count) - 1;
-    _mm256_mask_storeu_epi16(to, mask, _mm256_maskz_loadu_epi16(mask, from));
-    return;
-  }
-#endif
+  StoreRaw<S>(LoadRaw(from, count), count, to);
+#else
   if constexpr (kCount > 0) {
     if (count & kCount) {
       __builtin_memcpy(to, from, kCount * sizeof(S));
@@ -193,10 +238,59 @@ INLINE void CopySome(const S* from, S* to, int64_t count) {
     }
     CopySome<S, kCount / 2>(from, to, count);
   }
+#endif
 }
 
-INLINE constexpr int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE constexpr int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
+// Loads the line that values of a caller's array make.
+template <typename S, typename T>
+INLINE void LoadLine(const S* from, T* to) {
+  constexpr int kStep = VECTOR_BYTES / sizeof(T);
+  UNROLL for (int v = 0; v < kVectors; ++v) {
+    typename Vector<T>::type values;
+    if constexpr (sizeof(S) == sizeof(T)) {
+      values = Load<T>(reinterpret_cast<const char*>(from + v * kStep));
+    } else {
+      values = Widen(*reinterpret_cast<const HalfWordsAnywhere*>(from + v * kStep), S());
+    }
+    *reinterpret_cast<typename Vector<T>::unaligned*>(to + v * kStep) = values;
+  }
+}
+
+// As many of them as there are: behind these the line has zeros.
+template <typename S, typename T>
+INLINE void LoadUpTo(const S* from, T* to, int64_t count) {
+  if (count >= kLanes<T>) return LoadLine(from, to);
+#if defined(__AVX512F__)
+  // What goes through memory is waited for, if it was stored by parts.
+  const auto some = LoadRaw(from, count);
+  LoadLine(reinterpret_cast<const S*>(&some), to);
+#else
+  S some[kLanes<T>] = {};
+  CopySome(from, some, Max(count, 0));
+  LoadLine(some, to);
+#endif
+}
+
+template <typename S, typename T>
+INLINE void StoreWholeLine(const typename Vector<T>::type (&line)[kVectors], S* to) {
+  constexpr int kStep = VECTOR_BYTES / sizeof(T);
+  UNROLL for (int v = 0; v < kVectors; ++v) {
+    if constexpr (sizeof(S) == sizeof(T)) {
+      *reinterpret_cast<typename Vector<T>::unaligned*>(to + v * kStep) = line[v];
+    } else {
+      *reinterpret_cast<HalfWordsAnywhere*>(to + v * kStep) = Narrow(line[v], S());
+    }
+  }
+}
+
+// Stores the first `count` values of a line.
+template <typename S, typename T>
+INLINE void StoreLine(const typename Vector<T>::type (&line)[kVectors], int64_t count, S* to) {
+  if (count >= kLanes<T>) return StoreWholeLine<S, T>(line, to);
+  S values[kLanes<T>];
+  StoreWholeLine<S, T>(line, values);
+  CopySome(values, to, count);
+}
 
 // The rows of some taps that make a running sum.
 INLINE constexpr int64_t ChainRows(int64_t taps) {

@@ -1,0 +1,62 @@
+#include "row_axis.h"
+
+#include <numeric>
+
+namespace jax_dwbp {
+
+RowAxis::RowAxis(int64_t in, int64_t out, int64_t kernel, int64_t dilation, int64_t first, int64_t stride,
+                 bool is_transposed)
+    : in(in),
+      out(out),
+      kernel(kernel),
+      read_step(is_transposed ? 1 : stride),
+      write_step(is_transposed ? stride : 1),
+      tap_step(stride / std::gcd(stride, dilation)),
+      dilation(dilation / std::gcd(stride, dilation)) {
+  for (int64_t k = 0; k < std::min(tap_step, kernel); ++k) {
+    const int64_t position = first + dilation * k, count = CeilDiv(kernel - k, tap_step);
+    const int64_t offset = (is_transposed ? CeilDiv : FloorDiv)(position, stride);
+    taps.push_back({k, count, is_transposed ? offset * stride - position : position - offset * stride, offset});
+  }
+  for (const RowTaps& some : taps) {
+    const int64_t last = some.offset + (some.count - 1) * this->dilation;
+    if (!is_transposed) {
+      regions.push_back({some.phase, some.offset, last - some.offset});
+      continue;
+    }
+    if (regions.empty()) regions.push_back({0, some.offset, 0});
+    RowRegion& region = regions[0];
+    const int64_t end = std::max(region.first + region.extra, last);
+    region.first = std::min(region.first, some.offset);
+    region.extra = end - region.first;
+  }
+  extra = Start(regions.size(), 0);
+}
+
+int64_t RowAxis::Start(int64_t region, int64_t count) const {
+  int64_t start = region * count;
+  for (int64_t i = 0; i < region; ++i) start += regions[i].extra;
+  return start;
+}
+
+int64_t RowAxis::Read(int64_t i, int64_t count) const {
+  const int64_t region = std::min<int64_t>(i, regions.size() - 1);
+  return Start(region, count) + taps[i].offset - regions[region].first;
+}
+
+std::vector<int64_t> RowAxis::Order() const {
+  std::vector<int64_t> order;
+  order.reserve(kernel);
+  for (const RowTaps& some : taps) {
+    for (int64_t i = 0; i < some.count; ++i) order.push_back(some.first + i * tap_step);
+  }
+  return order;
+}
+
+int64_t RowAxis::Before(int64_t i) const {
+  int64_t before = 0;
+  for (int64_t j = 0; j < i; ++j) before += taps[j].count;
+  return before;
+}
+
+}  // namespace jax_dwbp

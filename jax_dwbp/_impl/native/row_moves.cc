@@ -1,0 +1,222 @@
+// What is moved to rows and from them. What kernels.cc says of instruction sets and linkage holds here too.
+
+#include "kernels.h"
+#include "row_lanes.h"
+#include "vectors.h"
+
+#if defined(__AVX512F__)
+#define BY_VECTORS true
+#else
+#define BY_VECTORS false
+#endif
+
+namespace jax_dwbp {
+namespace {
+
+#if defined(__AVX512F__)
+typedef int32_t Places __attribute__((vector_size(64)));
+
+INLINE __m512 Permute(__m512 a, Places places, __m512 b) {
+  return _mm512_permutex2var_ps(a, reinterpret_cast<__m512i>(places), b);
+}
+INLINE __m512d Permute(__m512d a, Places places, __m512d b) {
+  const __m256i low = _mm512_castsi512_si256(reinterpret_cast<__m512i>(places));
+  return _mm512_permutex2var_pd(a, _mm512_cvtepi32_epi64(low), b);
+}
+INLINE __m256i Permute(__m256i a, Places places, __m256i b) {
+  return _mm256_permutex2var_epi16(a, _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(places)), b);
+}
+
+// The line that values of a caller's array make, and zeros where there are none.
+template <typename S>
+INLINE auto LoadWidened(const S* from, int64_t count) {
+  const typename Raw<S>::type values = LoadRaw(from, count);
+  if constexpr (sizeof(S) == 2) {
+    return reinterpret_cast<__m512>(Widen(reinterpret_cast<HalfWords>(values), S()));
+  } else {
+    return values;
+  }
+}
+
+// Where the values of a line, of which the first is value `first` of a pixel, lie in what is read.
+template <int kCount>
+INLINE Places PlacesOf(const RowPixels& pixels, int64_t first) {
+  Places places;
+  int64_t value = first, repeat = first % pixels.repeats, pixel = 0;
+  int64_t place = first / pixels.repeats * pixels.value_step;
+  for (int l = 0; l < kCount; ++l) {
+    places[l] = place;
+    if (++value == pixels.period) {
+      value = repeat = 0;
+      place = pixel += pixels.column_step;
+    } else if (++repeat == pixels.repeats) {
+      repeat = 0;
+      place += pixels.value_step;
+    }
+  }
+  return places;
+}
+
+// Copies rows of pixels, so many at once.
+template <typename S>
+INLINE void CopySomePixels(const RowCopy& copy, int64_t at_once) {
+  using T = typename Compute<S>::type;
+  constexpr int64_t kCount = kLanes<T>;
+  const RowPixels& pixels = copy.pixels;
+  const int64_t step = at_once * pixels.period, read_step = at_once * pixels.column_step;
+  const Places places = PlacesOf<kCount>(pixels, 0);
+  // Elements from the first to the last.
+  const int64_t all = (copy.count / pixels.period - 1) * pixels.column_step + pixels.Span();
+  for (int64_t row = 0; row < copy.rows; ++row) {
+    const S* from = static_cast<const S*>(copy.from) + row * copy.from_step;
+    T* to = reinterpret_cast<T*>(copy.to) + copy.first + row * copy.to_step;
+    int64_t there = all;
+    for (int64_t left = copy.count; left > 0; left -= step, there -= read_step) {
+      const auto read = LoadWidened(from, there), read_behind = LoadWidened(from + kCount, there - kCount);
+      // What is behind these pixels is overwritten by the next ones.
+      StoreRaw<T>(Permute(read, places, read_behind), left, to);
+      from += read_step, to += step;
+    }
+  }
+}
+
+// Copies rows of pixels of more values than a line has.
+template <typename S>
+INLINE void CopyWidePixels(const RowCopy& copy) {
+  using T = typename Compute<S>::type;
+  constexpr int64_t kCount = kLanes<T>;
+  const RowPixels& pixels = copy.pixels;
+  Places places[kMostLinesOfPixel];
+  for (int64_t v = 0; v < pixels.period; v += kCount) places[v / kCount] = PlacesOf<kCount>(pixels, v);
+  for (int64_t row = 0; row < copy.rows; ++row) {
+    const S* from = static_cast<const S*>(copy.from) + row * copy.from_step;
+    T* to = reinterpret_cast<T*>(copy.to) + copy.first + row * copy.to_step;
+    for (int64_t left = copy.count; left > 0; left -= pixels.period) {
+      const auto read = LoadWidened(from, pixels.Span());
+      const auto read_behind = LoadWidened(from + kCount, pixels.Span() - kCount);
+      for (int64_t v = 0; v < pixels.period; v += kCount) {
+        // What is behind this pixel is overwritten by the next one.
+        StoreRaw<T>(Permute(read, places[v / kCount], read_behind), left - v, to + v);
+      }
+      from += pixels.column_step, to += pixels.period;
+    }
+  }
+}
+
+// Two phases, of which lines may be read behind what counts.
+template <typename S>
+INLINE void InterleaveTwo(const RowInterleave& rows) {
+  constexpr int64_t kCount = kLanes<typename Compute<S>::type>;
+  const int64_t period = rows.period;
+  Places places[2];
+  for (int64_t l = 0, value = 0, pixel = 0; l < 2 * kCount; ++l) {
+    places[l / kCount][l % kCount] = pixel % 2 * kCount + pixel / 2 * period + value;
+    if (++value == period) value = 0, ++pixel;
+  }
+  const int64_t step = kCount / period * period;
+  for (int64_t row = 0; row < rows.rows; ++row) {
+    const S* from = static_cast<const S*>(rows.from) + row * rows.from_row_step;
+    S* to = static_cast<S*>(rows.to) + row * rows.to_step;
+    for (int64_t left = rows.count; left > 0; left -= 2 * step, from += step, to += 2 * step) {
+      const auto first = LoadRaw(from, kCount), second = LoadRaw(from + rows.from_step, kCount);
+      // What is behind these pixels is overwritten by the next ones.
+      StoreRaw<S>(Permute(first, places[0], second), left, to);
+      StoreRaw<S>(Permute(first, places[1], second), left - kCount, to + kCount);
+    }
+  }
+}
+#endif
+
+template <typename S>
+INLINE void CopyPixels(const RowCopy& copy) {
+  using T = typename Compute<S>::type;
+  const RowPixels& pixels = copy.pixels;
+#if defined(__AVX512F__)
+  if (pixels.Span() <= 2 * kLanes<T>) {
+    const int64_t at_once = pixels.AtOnce(kLanes<T>);
+    if (at_once > 0) return CopySomePixels<S>(copy, at_once);
+    if (pixels.period <= kMostLinesOfPixel * kLanes<T>) return CopyWidePixels<S>(copy);
+  }
+#endif
+  for (int64_t row = 0; row < copy.rows; ++row) {
+    const S* from = static_cast<const S*>(copy.from) + row * copy.from_step;
+    T* to = reinterpret_cast<T*>(copy.to) + copy.first + row * copy.to_step;
+    for (int64_t i = 0; i < copy.count; i += pixels.period, from += pixels.column_step) {
+      for (int64_t v = 0; v < pixels.period; ++v) {
+        Convert(from[v / pixels.repeats * pixels.value_step], to[i + v]);
+      }
+    }
+  }
+}
+
+template <typename S>
+void CopyRows(const RowCopy& copy) {
+  using T = typename Compute<S>::type;
+  const S* from = static_cast<const S*>(copy.from);
+  T* to = reinterpret_cast<T*>(copy.to) + copy.first;
+  for (int64_t row = 0; row < copy.rows; ++row, from += copy.from_step, to += copy.to_step) {
+    if (copy.before) __builtin_memset(to - copy.before, 0, copy.before * sizeof(T));
+    if (copy.after) __builtin_memset(to + copy.count, 0, copy.after * sizeof(T));
+    if (!copy.pixels.AreDense()) continue;
+    int64_t i = 0;
+    for (; i + kLanes<T> <= copy.count; i += kLanes<T>) LoadLine(from + i, to + i);
+    if (i == copy.count) continue;
+    if constexpr (sizeof(S) == sizeof(T)) {
+      CopySome(from + i, to + i, copy.count - i);
+    } else {
+      T values[kLanes<T>];
+      LoadUpTo(from + i, values, copy.count - i);
+      CopySome(values, to + i, copy.count - i);
+    }
+  }
+  if (!copy.pixels.AreDense()) CopyPixels<S>(copy);
+}
+
+template <typename S>
+void PackWeights(const RowWeights& weights) {
+  using T = typename Compute<S>::type;
+  T* to = reinterpret_cast<T*>(weights.to);
+  for (int64_t i = 0; i < weights.tap_count; ++i, to += kLanes<T>) {
+    const S* const from = static_cast<const S*>(weights.from) + weights.taps[i] * weights.tap_step;
+    if (weights.period == 1) {
+      T value;
+      Convert(*from, value);
+      for (int64_t l = 0; l < kLanes<T>; ++l) to[l] = value;
+      continue;
+    }
+    for (int64_t l = 0, value = weights.first; l < kLanes<T>; ++l) {
+      Convert(from[value * weights.value_step], to[l]);
+      if (++value == weights.period) value = 0;
+    }
+  }
+}
+
+template <typename S>
+void Interleave(const RowInterleave& rows) {
+#if defined(__AVX512F__)
+  if (rows.phases == 2) return InterleaveTwo<S>(rows);
+#endif
+  const int64_t pixels = rows.count / rows.period;
+  for (int64_t row = 0; row < rows.rows; ++row) {
+    const S* const from = static_cast<const S*>(rows.from) + row * rows.from_row_step;
+    S* const to = static_cast<S*>(rows.to) + row * rows.to_step;
+    for (int64_t phase = 0; phase < rows.phases; ++phase) {
+      const S* values = from + phase * rows.from_step;
+      for (int64_t pixel = phase; pixel < pixels; pixel += rows.phases, values += rows.period) {
+        for (int64_t c = 0; c < rows.period; ++c) to[pixel * rows.period + c] = values[c];
+      }
+    }
+  }
+}
+
+template <typename S>
+constexpr RowMoves Table() {
+  return {BY_VECTORS, CopyRows<S>, PackWeights<S>, Interleave<S>};
+}
+
+}  // namespace
+
+const RowMoves OF_INSTRUCTION_SET(RowMoves)[4] = {Table<Half>(), Table<Brain>(), Table<float>(),
+                                                   Table<double>()};
+
+}  // namespace jax_dwbp
