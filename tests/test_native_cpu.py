@@ -1,5 +1,6 @@
 """What only a compiled kernel can get wrong: threads, instruction sets, indices, callers."""
 
+import dataclasses
 import functools
 import itertools
 import pathlib
@@ -258,8 +259,9 @@ def test_taps_of_each_phase(stride, dilation):
     """They come again after stride / gcd(stride, dilation), but for phases that are not there."""
     padding = ((2 * stride, 13), (11, 3 * stride))
     spacing = {"strides": (stride, 7 - stride), "dilations": (dilation, 5 - dilation)}
-    case = Case("phases", (2, 3, 11, 1), (5, 8, 1, 2), padding=padding, **spacing)
-    for op in OPS:
+    for channels, op in itertools.product((1, 16), OPS):
+        filter_shape = (5, 8, channels, 2)
+        case = Case("phases", (2, 3, 11, channels), filter_shape, padding=padding, **spacing)
         a, b = case.operands(op)
         got = case.run(op, a, b, implementation="native_cpu")
         case.check(op, got, case.expected(op, a, b), "float32")
@@ -450,6 +452,23 @@ def test_by_rows(case, op):
             a, b = case.operands(op, dtype)
             got = case.run(op, a, b, data_format, implementation="native_cpu")
         case.check(op, got, case.expected(op, a, b), dtype)
+
+
+@compiled
+@every_op
+@pytest.mark.parametrize("case", [case for case in BY_ROWS if np.prod(case.input) < 5000], ids=str)
+def test_by_channels(case, op):
+    """The same, of channels that fill a vector and of one more, which leaves most of a second empty."""
+    for channels in (16, 17):
+        multiplier = min(case.filter[3], 2)
+        wide = dataclasses.replace(
+            case,
+            input=(*case.input[:3], channels),
+            filter=(*case.filter[:2], channels, multiplier),
+        )
+        a, b = wide.operands(op)
+        got = wide.run(op, a, b, implementation="native_cpu")
+        wide.check(op, got, wide.expected(op, a, b), "float32")
 
 
 @compiled

@@ -149,7 +149,7 @@ def _tested(directory: Path, timeout: int, fault: Fault, text: str) -> tuple[str
         (copy / "sitecustomize.py").write_text(_NOT_EDITABLE)
         program = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(fault.tests)]
         if fault.tests == SANITIZERS:  # which compile on their own
-            program = [fault.tests]
+            program = [fault.tests, native.sanitized(fault.file, copy, directory)]
         elif fault.file in native.FILES:
             native.install(fault.file, copy, directory)
         path = os.pathsep.join(filter(None, [name, os.environ.get("PYTHONPATH")]))

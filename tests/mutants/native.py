@@ -1,6 +1,7 @@
 """Faults of the C++ code, and how a library with one of them is built: quickly, for this CPU."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -10,13 +11,15 @@ from mutants.fault import NotPlanted, faults
 
 _FOLDER = Path("_impl/native")
 _NAMES = (
-    *("native_cpu.cc", "kernels.cc", "row_axis.cc", "row_schedule.cc", "row_reduction.cc"),
-    *("row_moves.cc", "row_lanes.cc", "row_sums.cc"),
+    *("native_cpu.cc", "kernels.cc", "channel_lanes.cc", "channel_sums.cc", "channel_moves.cc"),
+    *("row_axis.cc", "row_schedule.cc", "row_reduction.cc"),
+    *("row_lanes.cc", "row_sums.cc", "row_moves.cc"),
 )
-_HEADERS = ("runtime.h", "vectors.h")
+_HEADERS = ("runtime.h", "vectors.h", "channel_filter.h")
 FILES = tuple(str(_FOLDER / name) for name in (*_NAMES, *_HEADERS))
-NATIVE_CPU, KERNELS, ROW_AXIS, ROW_SCHEDULE, ROW_REDUCTION, *_ = FILES
-*_, ROW_MOVES, ROW_LANES, ROW_SUMS, RUNTIME, VECTORS = FILES
+NATIVE_CPU, _, CHANNEL_LANES, CHANNEL_SUMS, CHANNEL_MOVES, *_ = FILES
+*_, ROW_AXIS, ROW_SCHEDULE, ROW_REDUCTION, ROW_LANES, ROW_SUMS, ROW_MOVES = FILES[: len(_NAMES)]
+RUNTIME, VECTORS, CHANNEL_FILTER = FILES[len(_NAMES) :]
 # Its names are those of the only kernels, so that nothing chooses among instruction sets.
 _COMPILER = (
     *("g++", "-std=gnu++17", "-O0", "-march=native", "-fPIC", "-fvisibility=hidden"),
@@ -29,6 +32,9 @@ def compile_all(root: Path, directory: Path) -> None:
     """Compiles all files of the checkout `root` to `directory`, without a fault."""
     for name in _NAMES:
         _run("-c", str(root / "jax_dwbp" / _FOLDER / name), "-o", str(directory / f"{name}.o"))
+    # Those that the sanitizers take too, which stay where they are.
+    sanitizers = [sys.executable, str(root / SANITIZERS), str(directory / "sanitized")]
+    subprocess.run(sanitizers, check=True, stdout=subprocess.DEVNULL)
 
 
 def install(file: str, copy: Path, directory: Path) -> None:
@@ -37,11 +43,26 @@ def install(file: str, copy: Path, directory: Path) -> None:
     There it is found before the one that is installed.
     """
     objects = {name: str(directory / f"{name}.o") for name in _NAMES}
-    changed = Path(file).name
-    for name in _NAMES if changed in _HEADERS else (changed,):
+    for name in _changed(file):
         objects[name] = str(copy / f"{name}.o")
         _run("-c", str(copy / "jax_dwbp" / _FOLDER / name), "-o", objects[name])
     _run("-shared", *objects.values(), "-o", str(copy / "jax_dwbp/_impl/_native_cpu.so"))
+
+
+def sanitized(file: str, copy: Path, directory: Path) -> str:
+    """A folder of what the sanitizers need not compile where only `file` is not as it was."""
+    folder = copy / "sanitized"
+    folder.mkdir()
+    changed = {Path(name).stem for name in _changed(file)}
+    for each in (directory / "sanitized").glob("*.o"):
+        if each.stem.partition("_")[2] not in changed:
+            (folder / each.name).symlink_to(each)
+    return str(folder)
+
+
+def _changed(file: str) -> tuple[str, ...]:
+    """The sources to compile where `file` is not as it was."""
+    return _NAMES if Path(file).name in _HEADERS else (Path(file).name,)
 
 
 def _run(*arguments: str) -> None:
@@ -58,6 +79,7 @@ PHASES = "tests/test_native_cpu.py -k each_phase"
 LONGER = "tests/test_native_cpu.py -k longer"
 HUGE = "tests/test_native_cpu.py -k huge"
 CHAINS = "tests/test_native_cpu.py -k chains"
+CHANNELS = "tests/test_native_cpu.py -k by_channels"
 ROWS = "tests/test_native_cpu.py -k by_rows"
 SPANS = "tests/test_native_cpu.py -k memory_is"
 ALL = 'tests/test_values.py tests/test_fuzz.py tests/test_native_cpu.py -k "native_cpu or large"'
@@ -72,7 +94,7 @@ FAULTS = [
         (
             "CeilDiv(read_size - read_phase, read_step) - offset",
             "(read_size - read_phase) / read_step - offset",
-            FORWARD,
+            CHANNELS,
         ),
         ("tap.begin = -offset;", "tap.begin = 1 - offset;", LARGE),
         (
@@ -92,11 +114,7 @@ FAULTS = [
             INPUT_GRAD,
             "the sums are of the same, by slower code",
         ),
-        (
-            "if (image != held_image)",
-            "if (held_image < 0)",
-            FILTER_GRAD,
-        ),
+        ("if (image != held_image)", "if (held_image < 0)", CHANNELS),
         ("channels >= kernels.lanes;", "channels > 0;", SANITIZERS),
         (
             "out_row + rows.write_step < rows.write_size;",
@@ -122,7 +140,7 @@ FAULTS = [
             "(t + tap.offset) * rows.read_step;\n    return",
             LARGE,
         ),
-        ("lines += slot * row_lines", "lines += slot % slots * row_lines", FORWARD),
+        ("lines += slot * row_lines", "lines += slot % slots * row_lines", CHANNELS),
         # A read out of bounds, two threads that write the same, and an overflow: no value changes.
         (
             "std::min(channels - channel, (end - block) * lanes), m_count,",
@@ -130,8 +148,8 @@ FAULTS = [
             SANITIZERS,
         ),
         (
-            "std::min((band + 1) * turns / bands * kernels.rows, out_rows);",
-            "std::min(((band + 1) * turns / bands + 1) * kernels.rows, out_rows);",
+            "std::min((band + 1) * turns / bands * kernels.channel_lanes->rows, out_rows);",
+            "std::min(((band + 1) * turns / bands + 1) * kernels.channel_lanes->rows, out_rows);",
             SANITIZERS,
         ),
         (
@@ -141,8 +159,25 @@ FAULTS = [
         ),
     ),
     *faults(
-        KERNELS,
+        CHANNEL_MOVES,
         ("      if (p >= spans[i].end) continue;\n", "", LARGE),
+        (
+            "S* values = to + (l * row.multiplier + m) * row.depth_step",
+            "S* values = to + (m * lanes + l) * row.depth_step",
+            LARGE,
+        ),
+        ("++t, out += column_bytes", "++t, out += 64", CONVERTED),
+    ),
+    *faults(
+        CHANNEL_FILTER,
+        (
+            "taps[i].weight - taps[i - 1].weight == taps[1].weight - taps[0].weight",
+            "true",
+            ALL,
+        ),
+    ),
+    *faults(
+        CHANNEL_LANES,
         ("if (kBorder && !(run.lines >> l & 1)) continue;", "", LARGE),
         (
             "rows_to(0, 1, Min(end, conv.both_end))",
@@ -150,25 +185,18 @@ FAULTS = [
             LARGE,
         ),
         ("<= t + j && t + j < run.begin[i].end", "<= t + j && t + j <= run.begin[i].end", LARGE),
-        (
-            "taps[i].weight - taps[i - 1].weight == taps[1].weight - taps[0].weight",
-            "true",
-            ALL,
-        ),
         ("if (conv.in.column_bytes != F::kStride * conv.in.line_bytes) return false;", "", LARGE),
         ("if (conv.in.row_count != F::kAll) return false;", "", LARGE),
+        ("(l - k) / kStride >= kColumns", "(l - k) / kStride > kColumns", LARGE),
+    ),
+    *faults(
+        CHANNEL_SUMS,
         ("if (!(lines[g] >> l & 1)) continue;", "", LARGE),
         (
             "group.all_end = Min(group.all_end, tap->end)",
             "group.all_end = Max(group.all_end, tap->end)",
             LARGE,
         ),
-        (
-            "S* values = to + (l * row.multiplier + m) * row.depth_step",
-            "S* values = to + (m * lanes + l) * row.depth_step",
-            LARGE,
-        ),
-        ("(l - k) / kStride >= kColumns", "(l - k) / kStride > kColumns", LARGE),
     ),
     *faults(
         RUNTIME,

@@ -1,9 +1,10 @@
 """Runs the native kernel of this checkout under sanitizers, and fails with what they report.
 
-python tests/sanitizers
+python tests/sanitizers [FOLDER]
 
 It takes g++, and jax for the headers of its FFI. The vector code is compiled for the best
 instruction set of this machine, and without optimization, with which it takes three times as long.
+What is compiled is kept in the folder, and what is there is not compiled again.
 """
 
 import concurrent.futures
@@ -22,8 +23,8 @@ COMPILE = (
     *("g++", "-std=gnu++17", "-O0", "-g1", "-march=native", "-pthread", "-Wall", "-Wextra"),
     *["-DJAX_DWBP_X86"] * (platform.machine() == "x86_64"),
     *("-isystem", jax.ffi.include_dir()),
-    *(str(HERE / "driver.cc"), *map(str, sorted(NATIVE.glob("*.cc")))),
 )
+SOURCES = (HERE / "driver.cc", *sorted(NATIVE.glob("*.cc")))
 # For each its options, and what the driver runs.
 SANITIZERS = {
     "AddressSanitizer and UndefinedBehaviorSanitizer": (
@@ -44,25 +45,43 @@ SANITIZERS = {
 ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=1"}
 
 
-def check(name: str) -> bool:
+def compile_source(folder: Path, name: str, source: Path) -> Path:
+    target = folder / f"{name.split()[0]}_{source.stem}.o"
+    if not target.exists():
+        run(*COMPILE, *SANITIZERS[name][0], "-c", str(source), "-o", str(target))
+    return target
+
+
+def check(folder: Path, name: str, objects: list[Path]) -> None:
     options, arguments = SANITIZERS[name]
-    with tempfile.TemporaryDirectory() as folder:
-        program = f"{folder}/driver"
-        for command in ((*COMPILE, *options, "-o", program), (program, *arguments)):
-            done = subprocess.run(
-                command,
-                env=ENVIRONMENT,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-            if done.returncode:
-                print(f"{name}:\n{done.stdout}")
-                return False
-    print(f"{name}: {done.stdout}", end="")
-    return True
+    program = str(folder / name.split()[0])
+    run(*COMPILE, *options, *map(str, objects), "-o", program)
+    print(f"{name}: {run(program, *arguments)}", end="")
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(
+        command, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    if done.returncode:
+        sys.exit(f"{command[0]} failed:\n{done.stdout}")
+    return done.stdout
+
+
+def main(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = {
+            name: [pool.submit(compile_source, folder, name, source) for source in SOURCES]
+            for name in SANITIZERS
+        }
+        compiled = {name: [each.result() for each in objects[name]] for name in SANITIZERS}
+        list(pool.map(lambda name: check(folder, name, compiled[name]), SANITIZERS))
 
 
 if __name__ == "__main__":
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        sys.exit(not all(list(pool.map(check, SANITIZERS))))
+    if len(sys.argv) > 1:
+        main(Path(sys.argv[1]))
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            main(Path(temporary))

@@ -1,5 +1,5 @@
-// What the scheduler (native_cpu.cc) asks of the vector code (kernels.cc), which is compiled once for
-// each instruction set.
+// What the scheduler (native_cpu.cc) asks of the vector code (channel_moves.cc, channel_lanes.cc,
+// channel_sums.cc), which is compiled once for each instruction set.
 //
 // Both speak of lines: 64 bytes that hold 16 float32 or 8 float64 values, one for each of as many
 // adjacent channels. Arrays of the caller are packed into lines of scratch, by which layout, data type,
@@ -106,21 +106,44 @@ struct Correlation {
   int64_t sum_lines;
 };
 
-// Of one instruction set and one data type. Half types are packed to float32. Those of rows are in
-// row_lanes.h.
-struct Kernels {
-  int64_t lanes;         // values in a line
-  int64_t element_size;  // of the caller's arrays
-  int64_t rows;          // of the result that `convolve` takes at a time
+// Of one instruction set and one data type. Half types are packed to float32.
+struct ChannelMoves {
   void (*pack)(const Row&, const Columns&);
   void (*emit)(const Row&, int64_t columns);
   void (*store)(const Line* lines, int64_t columns, char* out, int64_t column_bytes);  // see Convolution
-  // out[i][t] = sum over rows and taps of what tap reads for t * weights[i][r][tap.weight]
-  void (*convolve)(const Convolution&);
-  // sums[r][tap.weight] += sum over t of dy[t] * what tap reads for t
-  void (*correlate)(const Correlation&);
   // a[i] += b[i]
   void (*add)(Line* a, const Line* b, int64_t lines);
+};
+
+struct ChannelKernels {
+  int64_t rows;  // of the result that `convolve` takes at a time
+  // out[i][t] = sum over rows and taps of what tap reads for t * weights[i][r][tap.weight]
+  void (*convolve)(const Convolution&);
+};
+
+struct ChannelSums {
+  // sums[r][tap.weight] += sum over t of dy[t] * what tap reads for t
+  void (*correlate)(const Correlation&);
+};
+
+// By data type.
+extern const ChannelMoves BaselineChannelMoves[4];
+extern const ChannelMoves Avx2ChannelMoves[4];
+extern const ChannelMoves Avx512ChannelMoves[4];
+extern const ChannelKernels BaselineChannelKernels[4];
+extern const ChannelKernels Avx2ChannelKernels[4];
+extern const ChannelKernels Avx512ChannelKernels[4];
+extern const ChannelSums BaselineChannelSums[4];
+extern const ChannelSums Avx2ChannelSums[4];
+extern const ChannelSums Avx512ChannelSums[4];
+
+// Those of rows are in row_lanes.h.
+struct Kernels {
+  int64_t lanes;         // values in a line
+  int64_t element_size;  // of the caller's arrays
+  const ChannelMoves* channel_moves;
+  const ChannelKernels* channel_lanes;
+  const ChannelSums* channel_sums;
   const RowMoves* row_moves;
   const RowKernels* row_lanes;
   const RowSums* row_sums;

@@ -187,7 +187,7 @@ struct Ring {
   Ring(const Kernels& kernels, const Axis& rows, const Axis& columns, const Tensor& tensor,
        int64_t multiplier, int64_t most_columns)
       : kernels(kernels), rows(rows), columns(columns), tensor(tensor), multiplier(multiplier) {
-    slots = std::min(rows.Span() + kernels.rows, CeilDiv(rows.read_size, rows.read_step));
+    slots = std::min(rows.Span() + kernels.channel_lanes->rows, CeilDiv(rows.read_size, rows.read_step));
     const int64_t phase_rows = multiplier * slots * rows.phases.size() * columns.phases.size();
     const int64_t most_lines = kTileBytes / 64 / std::max<int64_t>(phase_rows, 1);
     const int64_t fitting = std::max(most_lines - columns.Span(), (most_lines - ReadColumns()) / 2);
@@ -233,7 +233,7 @@ struct Ring {
     if (scratch.held[slot] != position) {
       scratch.held[slot] = position;
       const int64_t row = position * rows.read_step + rows.phases[tap.phase];
-      kernels.pack({const_cast<char*>(image) + row * tensor.row * kernels.element_size, lines, plane,
+      kernels.channel_moves->pack({const_cast<char*>(image) + row * tensor.row * kernels.element_size, lines, plane,
                     channels, multiplier, tensor.column, tensor.depth, rows.read_step * tensor.row},
                    {columns.phases.data(), static_cast<int64_t>(columns.phases.size()),
                     columns.read_step, start + First(start), width, columns.read_size});
@@ -325,7 +325,7 @@ void Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
   const Ring ring(kernels, rows, columns, in, in_multiplier, columns.Count());
   const int64_t blocks = CeilDiv(sizes.channels, lanes);
   const int64_t weight_plane = Odd(kernel), buffer_plane = Odd(ring.tile);
-  const int64_t buffer_lines = kernels.rows * out_multiplier * buffer_plane;
+  const int64_t buffer_lines = kernels.channel_lanes->rows * out_multiplier * buffer_plane;
   const int64_t block_lines = (in_place ? 0 : ring.block) + sizes.multiplier * weight_plane +
                               (out_in_place ? 0 : buffer_lines);
   const int64_t task_blocks = BlocksPerTask(blocks, block_lines, blocks);
@@ -338,7 +338,7 @@ void Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
   const int64_t threads = work < kSmall ? 1 : pool.num_threads();
   // Bands of rows pack the rows that they share twice.
   const int64_t whole = sizes.problems * sizes.batch * chunks * tiles;
-  const int64_t turns = CeilDiv(out_rows, kernels.rows);
+  const int64_t turns = CeilDiv(out_rows, kernels.channel_lanes->rows);
   const int64_t most_bands = threads == 1 ? 1 : std::min(turns, CeilDiv(out_rows, rows.Span() + 1));
   const int64_t bands = std::clamp<int64_t>(CeilDiv(4 * threads, whole), 1, most_bands);
 
@@ -369,7 +369,7 @@ void Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
     const auto pack_weights = [&](int64_t block, int64_t channel, int64_t count) {
       if (count == 0) return;
       const int64_t zero = 0, first = first_channel + channel;
-      kernels.pack({filter.data + (problem * filter.problem + first * sizes.multiplier) * element,
+      kernels.channel_moves->pack({filter.data + (problem * filter.problem + first * sizes.multiplier) * element,
                     weights + block * sizes.multiplier * weight_plane, weight_plane, count,
                     sizes.multiplier, sizes.channels * sizes.multiplier, 1},
                    {&zero, 1, 1, 0, kernel, kernel});
@@ -388,14 +388,14 @@ void Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
     BeginTile(scratch, tile, ring, in_place ? &reader : nullptr);
 
     // Bands start where a kernel's turn starts, so that each row is summed alike with any of them.
-    const int64_t begin = band * turns / bands * kernels.rows;
-    const int64_t end = std::min((band + 1) * turns / bands * kernels.rows, out_rows);
-    for (int64_t t = begin; t < end; t += kernels.rows) {
+    const int64_t begin = band * turns / bands * kernels.channel_lanes->rows;
+    const int64_t end = std::min((band + 1) * turns / bands * kernels.channel_lanes->rows, out_rows);
+    for (int64_t t = begin; t < end; t += kernels.channel_lanes->rows) {
       for (int64_t row_phase = 0; row_phase < rows.WrittenPhases(); ++row_phase) {
         const int64_t out_row = t * rows.write_step + row_phase;
         if (out_row >= rows.write_size) break;
         const ffi::Span<const AxisTap> row_taps = rows.Taps(row_phase);
-        const bool two = kernels.rows == 2 && out_row + rows.write_step < rows.write_size;
+        const bool two = kernels.channel_lanes->rows == 2 && out_row + rows.write_step < rows.write_size;
 
         scratch.rows.clear();
         for (auto& row_weights : scratch.weights) row_weights.clear();
@@ -424,7 +424,7 @@ void Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
         }
         const int64_t row_count = scratch.rows.size();
         const Ahead ahead =
-            in_place ? reader.Next(scratch.rows, in_image, start, tiles, kernels.rows) : Ahead{};
+            in_place ? reader.Next(scratch.rows, in_image, start, tiles, kernels.channel_lanes->rows) : Ahead{};
 
         const auto move = [&](int64_t row_bytes, int64_t weight_lines) {
           for (const char*& row : scratch.rows) row += row_bytes;
@@ -460,7 +460,7 @@ void Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
                              count,
                              {},
                              out_in_place ? out_step * element : line,
-                             out_in_place && lanes * element < line ? kernels.store : nullptr,
+                             out_in_place && lanes * element < line ? kernels.channel_moves->store : nullptr,
                              end - block,
                              sizes.multiplier * weight_plane,
                              out_in_place ? lanes * element : out_multiplier * buffer_plane * line};
@@ -470,13 +470,13 @@ void Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
                 Line* const lines = buffer + (i * conv.blocks * out_multiplier + m) * buffer_plane;
                 conv.out[i] = out_in_place ? result + i * next_row : reinterpret_cast<char*>(lines);
               }
-              kernels.convolve(conv);
+              kernels.channel_lanes->convolve(conv);
               conv.in.ahead = {};
               move(0, weight_plane);
             }
             move(-skipped, -skipped_weights - out_multiplier * weight_plane);
             for (int i = 0; i <= two && !out_in_place; ++i) {
-              kernels.emit({result + i * next_row,
+              kernels.channel_moves->emit({result + i * next_row,
                             buffer + i * conv.blocks * out_multiplier * buffer_plane, buffer_plane,
                             std::min(channels - channel, conv.blocks * lanes), out_multiplier,
                             out_step, out.depth},
@@ -600,7 +600,7 @@ void Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
               const char* const dy_start = dy_row + channel * m_count * dy.depth * element;
               if (!dy_in_place) {
                 const int64_t zero = 0;
-                kernels.pack({const_cast<char*>(dy_start), packed_dy, dy_plane,
+                kernels.channel_moves->pack({const_cast<char*>(dy_start), packed_dy, dy_plane,
                               std::min(channels - channel, (end - block) * lanes), m_count,
                               dy.column, dy.depth, dy.row},
                              {&zero, 1, 1, 0, count, count});
@@ -609,7 +609,7 @@ void Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
                 const char* const dy_of_multiple =
                     dy_in_place ? dy_start
                                 : reinterpret_cast<const char*>(packed_dy + m * dy_plane);
-                kernels.correlate(
+                kernels.channel_sums->correlate(
                     {{scratch.rows.data(), row_count, in_place ? reader.ColumnBytes() : line,
                       in_place ? in.column * element : line, in_place ? line : ring.BlockBytes(),
                       !in_place, m == 0 && channel == 0 ? ahead : Ahead{}},
@@ -629,12 +629,12 @@ void Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
             correlate(0, whole_blocks, 0, dy_in_place);
             correlate(whole_blocks, chunk_blocks, rest, in_place && dy_in_place);
             if (++rows_summed % kReductionRows == 0) {
-              kernels.add(total, sum, count_of_sums);
+              kernels.channel_moves->add(total, sum, count_of_sums);
               std::fill_n(sum, count_of_sums, Line{});
             }
           }
         }
-        kernels.add(total, sum, count_of_sums);
+        kernels.channel_moves->add(total, sum, count_of_sums);
       });
   ParallelFor(pool, adders, tasks, 1, [&](Scratch&, int64_t task) {
     const int64_t chunk = task % chunks, problem = task / chunks;
@@ -644,14 +644,14 @@ void Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
     const int64_t count = CeilDiv(channels, lanes) * m_count * sum_plane;
     for (int64_t step = 1; step < parts; step *= 2) {
       for (int64_t part = 0; part + step < parts; part += 2 * step) {
-        kernels.add(sum + part * sum_lines, sum + (part + step) * sum_lines, count);
+        kernels.channel_moves->add(sum + part * sum_lines, sum + (part + step) * sum_lines, count);
       }
     }
     const int64_t whole_blocks = in_place ? channels / lanes : 0;
     const int64_t rest = in_place ? channels - lanes : 0;
     const auto emit = [&](int64_t block, int64_t channel, int64_t count) {
       if (count == 0) return;
-      kernels.emit({out.data + (problem * out.problem + (first_channel + channel) * m_count) * element,
+      kernels.channel_moves->emit({out.data + (problem * out.problem + (first_channel + channel) * m_count) * element,
                     sum + block * m_count * sum_plane, sum_plane, count, m_count,
                     sizes.channels * m_count, 1},
                    kernel);

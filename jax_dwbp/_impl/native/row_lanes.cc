@@ -1,4 +1,4 @@
-// The vector code of rows. What kernels.cc says of instruction sets and linkage holds here too.
+// The vector code of rows. What vectors.h says of instruction sets holds here too.
 
 #include "row_lanes.h"
 

@@ -1,4 +1,4 @@
-// What is moved to rows and from them. What kernels.cc says of instruction sets and linkage holds here too.
+// What is moved to rows and from them. What vectors.h says of instruction sets holds here too.
 
 #include "kernels.h"
 #include "row_lanes.h"

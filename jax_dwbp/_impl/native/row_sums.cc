@@ -1,4 +1,4 @@
-// The vector code of filter gradients by rows. What kernels.cc says of instruction sets and linkage holds
+// The vector code of filter gradients by rows. What vectors.h says of instruction sets holds
 // here too.
 
 #include "kernels.h"

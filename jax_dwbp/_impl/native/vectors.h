@@ -1,4 +1,9 @@
-// Vectors and data types, of whichever instruction set this is compiled for. All has internal linkage.
+// Vectors and data types, of whichever instruction set this is compiled for, in the vector types of GCC and
+// Clang.
+//
+// The files that include this are compiled for several instruction sets and linked to one library. So all but
+// their tables has internal linkage, in headers too: the linker must not take a function for a baseline CPU
+// from the AVX-512 object.
 
 #ifndef JAX_DWBP_VECTORS_H_
 #define JAX_DWBP_VECTORS_H_

@@ -1,0 +1,363 @@
+// The vector code of the forward op and of the input gradient by channels. What vectors.h says of instruction
+// sets holds here too.
+
+#include "channel_filter.h"
+#include "kernels.h"
+#include "vectors.h"
+
+namespace jax_dwbp {
+namespace {
+
+// Filters with more columns skip those that meet only padding.
+constexpr int64_t kSkip = 8;
+// Lines that are fetched at once: of more, processors drop some.
+constexpr int kFetched = 4;
+// What has more is packed, and there the border is only an optimization.
+constexpr int64_t kBorderTaps = 64;
+static_assert(kInPlaceTaps <= kBorderTaps && COLUMNS <= 8);
+
+// A part of what is read next, in the order of memory.
+struct Fetch {
+  const char *next, *end;
+
+  INLINE void Some() {
+    if (next >= end) return;
+    UNROLL for (int l = 0; l < kFetched; ++l, next += 64) __builtin_prefetch(next, 0, 2);
+  }
+  INLINE void Rest() {
+    while (next < end) Some();
+  }
+};
+
+template <typename T, int kRows, int kColumns>
+struct Sums {
+  typename Vector<T>::type of[kRows][kColumns][kVectors];
+};
+
+// Some columns of a result, and the taps that they meet.
+struct Run {
+  int64_t t;  // the first column
+  const Tap *begin, *end;
+  // At a border: for each tap a bit for each column where it meets more than padding and, where taps
+  // are adjacent, a bit for each line that they read and that is there.
+  uint8_t meets[kBorderTaps];
+  uint32_t lines;
+};
+
+// Columns at a time, and where rows are long and taps few.
+template <typename F>
+constexpr int kMost = F::kReads ? 4 : COLUMNS;
+template <typename F>
+constexpr int kFewer = 0 < F::kTaps && F::kTaps <= 3 && kVectors == 1 ? (kMost<F> + 1) / 2 : kMost<F>;
+
+// Adds what a row of the filter gives to the rows `first` to `last` of the result. At a border some of
+// what taps read isn't there: the products with it are left out.
+template <typename T, typename F, bool kBorder, int kRows, int kColumns>
+INLINE void AddRow(Sums<T, kRows, kColumns>& sums, const char* row, const T* const* weights, int first,
+                   int last, const Run& run, const Source& in, Fetch& fetch) {
+  using V = typename Vector<T>::type;
+  constexpr int kStep = VECTOR_BYTES / sizeof(T);
+  constexpr int kTaps = F::kTaps, kStride = F::kStride;
+  const Tap *const begin = run.begin, *const end = run.end;
+  if constexpr (kTaps > 0 && kVectors == 1) {
+    // Each line is loaded once, for all taps and rows.
+    V w[kRows][kTaps];
+    const int64_t weight_step = kTaps > 1 ? (begin[1].weight - begin[0].weight) * kLanes<T> : 0;
+    UNROLL for (int i = 0; i < kRows; ++i) {
+      if (i < first || i > last) continue;
+      const T* weight = weights[i] + begin->weight * kLanes<T>;
+      UNROLL for (int k = 0; k < kTaps; ++k, weight += weight_step) {
+        AS_POINTER(weight);
+        w[i][k] = *reinterpret_cast<const V*>(weight);
+        IN_REGISTER(w[i][k]);
+      }
+    }
+    const char* read = row + begin->read;
+    AS_POINTER(read);
+    constexpr int kCount = kLines<F, kColumns>;
+    UNROLL for (int l = 0; l < kCount; ++l, read += in.line_bytes) {
+      // While lines are loaded that have few products.
+      if (kTaps <= 3 * kStride && l % kFetched == kFetched - 1) fetch.Some();
+      // What the next columns read.
+      if (F::kReads && kColumns <= kFewer<F> && l >= kTaps - kStride) {
+        __builtin_prefetch(read + kColumns * in.column_bytes);
+      }
+      if (kBorder && !(run.lines >> l & 1)) continue;
+      V x = Load<T>(read);
+      IN_REGISTER(x);
+      UNROLL for (int k = 0; k < kTaps; ++k) {
+        if (l < k || (l - k) % kStride || (l - k) / kStride >= kColumns) continue;
+        UNROLL for (int i = 0; i < kRows; ++i) {
+          if (i < first || i > last) continue;
+          sums.of[i][(l - k) / kStride][0] += x * w[i][k];
+        }
+      }
+    }
+  } else {
+    const auto add = [&](const Tap* tap) __attribute__((always_inline)) {
+      const char* read = row + tap->read;
+      AS_POINTER(read);
+      const uint32_t meets = kBorder ? run.meets[tap - begin] : 0;
+      UNROLL for (int v = 0; v < kVectors; ++v) {
+        V w[kRows];
+        UNROLL for (int i = 0; i < kRows; ++i) {
+          if (i < first || i > last) continue;
+          w[i] = *reinterpret_cast<const V*>(weights[i] + tap->weight * kLanes<T> + v * kStep);
+        }
+        UNROLL for (int j = 0; j < kColumns; ++j) {
+          if (kBorder && !(meets >> j & 1)) continue;
+          V x = Load<T>(read + j * in.column_bytes + v * VECTOR_BYTES);
+          if (first < last) IN_REGISTER(x);
+          UNROLL for (int i = 0; i < kRows; ++i) {
+            if (i < first || i > last) continue;
+            sums.of[i][j][v] += x * w[i];
+          }
+        }
+      }
+    };
+    if constexpr (kTaps > 0) {
+      UNROLL for (int k = 0; k < kTaps; ++k) add(begin + k);
+    } else {
+      for (const Tap* tap = begin; tap < end; ++tap) add(tap);
+    }
+  }
+}
+
+template <typename T, int kRows, int kColumns>
+INLINE void AddSums(Sums<T, kRows, kColumns>& sums, const Sums<T, kRows, kColumns>& others) {
+  UNROLL for (int i = 0; i < kRows; ++i) {
+    UNROLL for (int j = 0; j < kColumns; ++j) {
+      UNROLL for (int v = 0; v < kVectors; ++v) sums.of[i][j][v] += others.of[i][j][v];
+    }
+  }
+}
+
+// What rows r = 0, 1, ... of the filter give; add(sums, r, first, last) adds one of them. Where the rows
+// are known there are few of them, and no branch.
+template <typename F, typename Result, int kBegin = 0, int kEnd = F::kAll, typename Add>
+INLINE Result SumKnownRows(const Add& add) {
+  constexpr int kChainRows = ChainRows(F::kTaps), kChains = (kEnd - kBegin + kChainRows - 1) / kChainRows;
+  if constexpr (kChains > 1) {
+    constexpr int kMiddle = kBegin + (kChains + 1) / 2 * kChainRows;
+    Result sums = SumKnownRows<F, Result, kBegin, kMiddle>(add);
+    AddSums(sums, SumKnownRows<F, Result, kMiddle, kEnd>(add));
+    return sums;
+  } else {
+    Result sums = {};
+    UNROLL for (int r = kBegin; r < kEnd; ++r) {
+      add(sums, r, r < F::kFirst + F::kBoth ? 0 : 1, r < F::kFirst ? 0 : 1);
+    }
+    return sums;
+  }
+}
+
+template <int kRows, typename Result, typename Add>
+INLINE Result SumRows(const Convolution& conv, int64_t chain_rows, const Add& add) {
+  Result sums, pairs[kLevels];
+  int64_t r = 0, chains = 0;
+  for (;;) {
+    sums = {};
+    const auto rows_to = [&](int first, int last, int64_t to) __attribute__((always_inline)) {
+      for (; r < to; ++r) add(sums, r, first, last);
+    };
+    const int64_t end = Min(conv.in.row_count, r + chain_rows);
+    if constexpr (kRows == 1) {
+      rows_to(0, 0, end);
+    } else {
+      rows_to(0, 0, Min(end, conv.both_begin));
+      rows_to(0, 1, Min(end, conv.both_end));
+      rows_to(1, 1, end);
+    }
+    // Like a binary counter: where a bit is set, a sum of as many chains waits for its pair.
+    int level = 0;
+    if (r == conv.in.row_count) {
+      for (; chains >> level; ++level) {
+        if (chains >> level & 1) AddSums(sums, pairs[level]);
+      }
+      return sums;
+    }
+    for (; chains >> level & 1; ++level) AddSums(sums, pairs[level]);
+    pairs[level] = sums;
+    ++chains;
+  }
+}
+
+// Not inlined, for the registers.
+template <typename T, typename F, bool kBorder, int kRows, int kColumns>
+__attribute__((noinline)) void ConvolveRun(const Convolution& convolution, const Run& run) {
+  using Result = Sums<T, kRows, kColumns>;
+  // A copy, which no result that is stored may change.
+  const Convolution conv = convolution;
+  const int64_t first_byte = run.t * conv.in.column_bytes;
+  const int64_t chain_rows = ChainRows(Max(run.end - run.begin, 1));
+  char* outs[kRows];
+  UNROLL for (int i = 0; i < kRows; ++i) outs[i] = conv.out[i] + run.t * conv.column_bytes;
+  const int64_t stride = F::kTaps ? F::kStride : conv.in.column_bytes / conv.in.line_bytes;
+  const int64_t share = conv.in.ahead.rows * stride * 64;
+  Fetch fetch;
+  fetch.next = fetch.end = conv.in.ahead.data + share * run.t * conv.blocks;
+  for (int64_t block = 0; block < conv.blocks; ++block) {
+    fetch.end += share * kColumns;
+    const int64_t read_bytes = block * conv.in.block_bytes + first_byte;
+    const int64_t weight_lines = block * conv.weight_lines;
+    const auto add = [&](Result& sums, int64_t r, int first, int last)
+                         __attribute__((always_inline)) {
+      const T* weights[kRows];
+      UNROLL for (int i = 0; i < kRows; ++i) {
+        weights[i] = reinterpret_cast<const T*>(conv.weights[i][r] + weight_lines);
+      }
+      AddRow<T, F, kBorder>(sums, conv.in.rows[r] + read_bytes, weights, first, last, run, conv.in,
+                            fetch);
+    };
+    Result sums;
+    if constexpr (F::kAll > 0) {
+      sums = SumKnownRows<F, Result>(add);
+    } else {
+      sums = SumRows<kRows, Result>(conv, chain_rows, add);
+    }
+    fetch.Rest();
+    UNROLL for (int i = 0; i < kRows; ++i) {
+      char* out = outs[i] + block * conv.out_bytes;
+      if (conv.store) {
+        typename Vector<T>::type lines[kColumns][kVectors];
+        UNROLL for (int j = 0; j < kColumns; ++j) {
+          UNROLL for (int v = 0; v < kVectors; ++v) lines[j][v] = sums.of[i][j][v];
+        }
+        conv.store(reinterpret_cast<const Line*>(lines), kColumns, out, conv.column_bytes);
+        continue;
+      }
+      UNROLL for (int j = 0; j < kColumns; ++j, out += conv.column_bytes) {
+        AS_POINTER(out);
+        // What is written next, else each line of it would be waited for.
+        __builtin_prefetch(out + kColumns * conv.column_bytes, 1);
+        UNROLL for (int v = 0; v < kVectors; ++v) {
+          *reinterpret_cast<typename Vector<T>::unaligned*>(out + v * VECTOR_BYTES) =
+              sums.of[i][j][v];
+        }
+      }
+    }
+  }
+}
+
+template <typename T, typename F, int kRows, int kColumns>
+INLINE void ConvolveColumns(const Convolution& conv, int64_t t) {
+  Run run;
+  run.t = t, run.begin = conv.taps, run.end = conv.taps + conv.tap_count;
+  const bool is_wide = conv.tap_count > kSkip;
+  if (is_wide && conv.in.row_count > 0) {
+    const auto misses = [=](const Tap& tap) { return tap.begin >= t + kColumns || tap.end <= t; };
+    while (run.begin < run.end && misses(*run.begin)) ++run.begin;
+    while (run.begin < run.end && misses(run.end[-1])) --run.end;
+  }
+  // What is packed has lines of zeros for the padding, but a wide filter would meet too many of them.
+  const int64_t taps = run.end - run.begin;
+  bool border = false;
+  for (int64_t i = 0; (is_wide || !conv.in.packed) && taps <= kBorderTaps && i < taps; ++i) {
+    border |= run.begin[i].begin > t || run.begin[i].end < t + kColumns;
+  }
+  if (!border) return ConvolveRun<T, F, false, kRows, kColumns>(conv, run);
+  for (int64_t i = 0; i < taps; ++i) {
+    run.meets[i] = 0;
+    for (int j = 0; j < kColumns; ++j) {
+      const bool meets = run.begin[i].begin <= t + j && t + j < run.begin[i].end;
+      run.meets[i] |= meets << j;
+    }
+  }
+  run.lines = 0;
+  if constexpr (F::kTaps > 0) {
+    for (int line = 0; line < kLines<F, kColumns>; ++line) {
+      // A column and a tap that meet there, as good as any.
+      const int column = Min(line / F::kStride, kColumns - 1), tap = line - column * F::kStride;
+      if (tap < F::kTaps) run.lines |= uint32_t{run.meets[tap] >> column & 1u} << line;
+    }
+  }
+  ConvolveRun<T, F, true, kRows, kColumns>(conv, run);
+}
+
+// The template of a number of columns that is known when it runs.
+template <typename T, typename F, int kRows, int kColumns>
+void ConvolveSome(const Convolution& conv, int64_t columns, int64_t t) {
+  if constexpr (kColumns > 0) {
+    if (columns == kColumns) {
+      // The rows are known only where that is worth the time to compile it.
+      constexpr bool kKnown = 3 * kColumns > kMost<F> && sizeof(T) == 4;
+      if constexpr (kKnown) {
+        return ConvolveColumns<T, F, kRows, kColumns>(conv, t);
+      } else {
+        return ConvolveColumns<T, Filter<F::kTaps, F::kStride>, kRows, kColumns>(conv, t);
+      }
+    }
+    ConvolveSome<T, F, kRows, kColumns - 1>(conv, columns, t);
+  }
+}
+
+template <typename T, typename F, int kRows>
+void ConvolveRows(const Convolution& conv) {
+  // Of even size. Blocks of the same columns lie side by side in the result, so that it is written in
+  // one stream. What few taps read comes faster from memory where all blocks of some columns span little
+  // of it.
+  const int64_t most = conv.columns > 2 * kMost<F> ? kFewer<F> : kMost<F>;
+  const int64_t groups = (conv.columns + most - 1) / most;
+  for (int64_t i = 0; i < groups; ++i) {
+    const int64_t t = i * conv.columns / groups, next = (i + 1) * conv.columns / groups;
+    ConvolveSome<T, F, kRows, kMost<F>>(conv, next - t, t);
+  }
+}
+
+// By the first of some filters that fits.
+template <typename T, int kRows, typename... Filters>
+void ConvolveFilter(const Convolution& conv) {
+  const bool adjacent = AreAdjacent(conv.in, conv.taps, conv.tap_count);
+  const auto convolve = [&](auto filter) {
+    using F = decltype(filter);
+    if (F::kTaps > 0) {
+      if (!adjacent || conv.tap_count != F::kTaps) return false;
+      if (conv.in.column_bytes != F::kStride * conv.in.line_bytes) return false;
+    }
+    if (F::kAll > 0) {
+      if (conv.both_begin != F::kFirst || conv.both_end != F::kFirst + F::kBoth) return false;
+      if (conv.in.row_count != F::kAll) return false;
+    }
+    ConvolveRows<T, F, kRows>(conv);
+    return true;
+  };
+  (convolve(Filters()) || ...);
+}
+
+template <typename T, int kRows, typename... Known>
+void ConvolveKnown(const Convolution& conv) {
+  ConvolveFilter<T, kRows, Known..., Filter<3>, Filter<5>, Filter<7>, Filter<3, 2>, Filter<5, 2>,
+                 Filter<>>(conv);
+}
+
+template <typename T>
+void Convolve(const Convolution& conv) {
+  // Of float64 nothing is known: the time to compile that would be as long again.
+  // Known are 3x3 filters, where a row of padding is above or below or none, also under a stride of 2,
+  // the phases of the input gradient of 3x3 and 5x5 under a stride of 2, and what has one dimension.
+  if constexpr (sizeof(T) == 8) {
+    if (ROWS > 1 && conv.out[1]) return ConvolveFilter<T, ROWS, Filter<>>(conv);
+    ConvolveFilter<T, 1, Filter<>>(conv);
+  } else if constexpr (ROWS == 1) {
+    ConvolveKnown<T, 1, Filter<3, 1, 3>, Filter<3, 1, 2>, Filter<2, 1, 3>, Filter<2, 1, 2>,
+                  Filter<2, 1, 1>, Filter<1, 1, 2>, Filter<1, 1, 1>, Filter<3, 2, 3>, Filter<3, 1, 1>,
+                  Filter<4, 1, 1>>(conv);
+  } else if (conv.out[1]) {
+    ConvolveKnown<T, 2, Filter<3, 1, 1, 2, 1>, Filter<3, 1, 0, 2, 1>, Filter<3, 1, 1, 2, 0>,
+                  Filter<3, 2, 2, 1, 2>, Filter<3, 1, 1, 1, 1>, Filter<2, 1, 1, 2, 1>,
+                  Filter<2, 1, 1, 1, 1>, Filter<2, 1, 1, 0, 1>, Filter<1, 1, 1, 1, 1>,
+                  Filter<1, 1, 1, 0, 1>>(conv);
+  } else {
+    ConvolveKnown<T, 1, Filter<3, 1, 2>, Filter<3, 1, 1>, Filter<4, 1, 1>>(conv);
+  }
+}
+
+template <typename T>
+constexpr ChannelKernels kTable = {ROWS, Convolve<T>};
+
+}  // namespace
+
+const ChannelKernels OF_INSTRUCTION_SET(ChannelKernels)[4] = {kTable<float>, kTable<float>, kTable<float>,
+                                                              kTable<double>};
+
+}  // namespace jax_dwbp
