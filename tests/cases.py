@@ -12,6 +12,7 @@ import math
 import zlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import reference
@@ -153,7 +154,10 @@ def to_layout(x, data_format):
 
 
 def from_layout(x, data_format):
-    return x if data_format == "NHWC" else x.transpose(0, 2, 3, 1)
+    if data_format == "NHWC":
+        return x
+    # Outside of a trace by NumPy, for which nothing is compiled.
+    return (x if isinstance(x, jax.core.Tracer) else np.asarray(x)).transpose(0, 2, 3, 1)
 
 
 # Small enough for every dtype, layout, implementation and transformation; together they have each

@@ -45,9 +45,10 @@ def _taps(case):
         out, low = geometry(size, kernel, stride, dilation, padding[axis])
         taps = []
         for k in range(kernel):
-            pairs = [(o * stride - low + k * dilation, o) for o in range(out)]
-            pairs = [pair for pair in pairs if 0 <= pair[0] < size]
-            taps.append(np.array(pairs, int).reshape(-1, 2).T)
+            outputs = np.arange(out)
+            inputs = outputs * stride - low + k * dilation
+            there = (0 <= inputs) & (inputs < size)
+            taps.append((inputs[there], outputs[there]))
         lists.append(taps)
     for r, (h, p) in enumerate(lists[0]):
         for s, (w, q) in enumerate(lists[1]):

@@ -458,17 +458,17 @@ def test_by_rows(case, op):
 @every_op
 @pytest.mark.parametrize("case", [case for case in BY_ROWS if np.prod(case.input) < 5000], ids=str)
 def test_by_channels(case, op):
-    """The same, of channels that fill a vector and of one more, which leaves most of a second empty."""
-    for channels in (16, 17):
+    """The same, of channels that fill a vector, and of one more, read in place and packed."""
+    for channels, dtype in ((16, "float32"), (17, "bfloat16")):
         multiplier = min(case.filter[3], 2)
         wide = dataclasses.replace(
             case,
             input=(*case.input[:3], channels),
             filter=(*case.filter[:2], channels, multiplier),
         )
-        a, b = wide.operands(op)
+        a, b = wide.operands(op, dtype)
         got = wide.run(op, a, b, implementation="native_cpu")
-        wide.check(op, got, wide.expected(op, a, b), "float32")
+        wide.check(op, got, wide.expected(op, a, b), dtype)
 
 
 @compiled

@@ -251,8 +251,8 @@ FAULTS = [
     ),
     *faults(
         ROW_AXIS,
-        ("offset * stride - position", "position - offset * stride", ROWS),
-        ("region.extra = end - region.first", "region.extra = 0", ROWS),
+        ("offset * stride - position, offset", "position - offset * stride, offset", ROWS),
+        ("RowRegion{0, begin, end - begin}", "RowRegion{0, begin, span}", ROWS),
         ("start += regions[i].extra", "start += 0", ROWS),
         ("some.first + i * tap_step", "some.first + i", ROWS),
     ),

@@ -12,25 +12,27 @@ RowAxis::RowAxis(int64_t in, int64_t out, int64_t kernel, int64_t dilation, int6
       read_step(is_transposed ? 1 : stride),
       write_step(is_transposed ? stride : 1),
       tap_step(stride / std::gcd(stride, dilation)),
-      dilation(dilation / std::gcd(stride, dilation)) {
-  for (int64_t k = 0; k < std::min(tap_step, kernel); ++k) {
+      dilation(dilation / std::gcd(stride, dilation)),
+      extra(0) {
+  const int64_t phases = std::min(tap_step, kernel);
+  if (phases > kMostPhases) return;
+  RowRegion all{};
+  for (int64_t k = 0; k < phases; ++k) {
     const int64_t position = first + dilation * k, count = CeilDiv(kernel - k, tap_step);
     const int64_t offset = (is_transposed ? CeilDiv : FloorDiv)(position, stride);
-    taps.push_back({k, count, is_transposed ? offset * stride - position : position - offset * stride, offset});
-  }
-  for (const RowTaps& some : taps) {
-    const int64_t last = some.offset + (some.count - 1) * this->dilation;
+    const int64_t span = (count - 1) * this->dilation;
     if (!is_transposed) {
-      regions.push_back({some.phase, some.offset, last - some.offset});
+      taps.Add({k, count, position - offset * stride, offset});
+      regions.Add({position - offset * stride, offset, span});
       continue;
     }
-    if (regions.empty()) regions.push_back({0, some.offset, 0});
-    RowRegion& region = regions[0];
-    const int64_t end = std::max(region.first + region.extra, last);
-    region.first = std::min(region.first, some.offset);
-    region.extra = end - region.first;
+    taps.Add({k, count, offset * stride - position, offset});
+    const int64_t end = std::max(all.first + all.extra, offset + span);
+    const int64_t begin = std::min(all.first, offset);
+    all = k == 0 ? RowRegion{0, offset, span} : RowRegion{0, begin, end - begin};
   }
-  extra = Start(regions.size(), 0);
+  if (is_transposed) regions.Add(all);
+  extra = Start(regions.Size(), 0);
 }
 
 int64_t RowAxis::Start(int64_t region, int64_t count) const {
@@ -40,7 +42,7 @@ int64_t RowAxis::Start(int64_t region, int64_t count) const {
 }
 
 int64_t RowAxis::Read(int64_t i, int64_t count) const {
-  const int64_t region = std::min<int64_t>(i, regions.size() - 1);
+  const int64_t region = std::min(i, regions.Size() - 1);
   return Start(region, count) + taps[i].offset - regions[region].first;
 }
 

@@ -16,6 +16,21 @@ inline int64_t FloorDiv(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 constexpr int64_t kMostPhases = 16;
 constexpr int64_t kMostPieces = 64;
 
+// So few that they need no memory of their own.
+template <typename T>
+class Few {
+ public:
+  void Add(const T& item) { items_[size_++] = item; }
+  int64_t Size() const { return size_; }
+  const T& operator[](int64_t i) const { return items_[i]; }
+  const T* begin() const { return items_; }
+  const T* end() const { return items_ + size_; }
+
+ private:
+  T items_[kMostPhases];
+  int64_t size_ = 0;
+};
+
 // Taps of the filter that meet the same phase: under a stride of 2 every second one, as dilation has it.
 struct RowTaps {
   int64_t first, count;
@@ -36,8 +51,8 @@ struct RowAxis {
   int64_t read_step, write_step;   // the stride and 1, or 1 and the stride
   int64_t tap_step;                // from one of some taps to the next of them
   int64_t dilation;                // by which the latter reads further on
-  std::vector<RowTaps> taps;       // each tap is in one of these
-  std::vector<RowRegion> regions;  // the one of taps i is the i-th or the only one
+  Few<RowTaps> taps;               // each tap is in one of these; none if there would be too many
+  Few<RowRegion> regions;          // the one of taps i is the i-th or the only one
   int64_t extra;                   // of all regions
 
   RowAxis(int64_t in, int64_t out, int64_t kernel, int64_t dilation, int64_t first, int64_t stride,
@@ -50,12 +65,12 @@ struct RowAxis {
   int64_t MostTaps() const { return taps[0].count; }
 
   // What is packed to write so many t, where of that a region starts, and what the first of taps i reads.
-  int64_t Packed(int64_t count) const { return regions.size() * count + extra; }
+  int64_t Packed(int64_t count) const { return regions.Size() * count + extra; }
   // The t for which so much is packed, but no fewer than are packed for their sake alone.
   int64_t Fitting(int64_t packed) const {
-    return std::max<int64_t>((packed - extra) / static_cast<int64_t>(regions.size()), Least());
+    return std::max<int64_t>((packed - extra) / regions.Size(), Least());
   }
-  int64_t Least() const { return extra / static_cast<int64_t>(regions.size()) + 1; }
+  int64_t Least() const { return extra / regions.Size() + 1; }
   int64_t Start(int64_t region, int64_t count) const;
   int64_t Read(int64_t i, int64_t count) const;
 

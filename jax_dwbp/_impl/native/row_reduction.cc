@@ -46,7 +46,7 @@ struct SumPlan {
     tiles = CeilDiv(columns, tile);
     in_step = (CeilDiv(across.Packed(tile) * period, lanes) | 1) * lanes;
     dy_step = (CeilDiv(tile * period, lanes) | 1) * lanes;
-    const int64_t row_step = static_cast<int64_t>(rows.regions.size()) * in_step + dy_step;
+    const int64_t row_step = rows.regions.Size() * in_step + dy_step;
     const int64_t fitting = (kBandBytes / element - rows.extra * in_step) / row_step;
     bands = CeilDiv(rows.out, std::max(fitting, rows.Least()));
     band = CeilDiv(rows.out, bands);
@@ -106,14 +106,14 @@ struct Sums {
     if (values % plan.line_step != rest || summed + rows * (whole + 1) > kFoldLines) Fold();
     rest = values % plan.line_step;
     summed += rows * (whole + 1);
-    for (size_t i = 0; i < call.rows.regions.size(); ++i) {
+    for (int64_t i = 0; i < call.rows.regions.Size(); ++i) {
       const RowRegion& region = call.rows.regions[i];
       const int64_t in_row = std::max<int64_t>(0, row + region.first);
       const int64_t in_end =
           std::min(call.rows.InSize(region.phase), row + rows + region.first + region.extra);
       if (in_row >= in_end) continue;
       const int64_t start = call.rows.Start(i, plan.band) * plan.in_step;
-      for (size_t j = 0; j < call.columns.regions.size(); ++j) {
+      for (int64_t j = 0; j < call.columns.regions.Size(); ++j) {
         const RowRegion& side = call.columns.regions[j];
         const int64_t first = start + call.columns.Start(j, plan.tile) * plan.period;
         CopyWindow(call.kernels, call.InPixels(), call.in.row, x_plane,

@@ -73,7 +73,7 @@ struct RowPlan {
     source_lines = CeilDiv(rows.Packed(packed_rows) * in_step, lanes);
     lines = weight_lines + phase_lines + call.Sources() * source_lines + 1;
     reads.reserve(columns.kernel);
-    for (size_t i = 0; i < columns.taps.size(); ++i) {
+    for (int64_t i = 0; i < columns.taps.Size(); ++i) {
       const int64_t first = columns.Read(i, tile);
       for (int64_t k = 0; k < columns.taps[i].count; ++k) {
         reads.push_back((first + k * columns.dilation) * period);
@@ -95,7 +95,7 @@ void CopySource(const RowPlan& plan, const Part& part, const char* in, Line* to,
   const RowCall& call = plan.call;
   const RowAxis &rows = call.rows, &columns = call.columns;
   const int64_t row_bytes = plan.in_step * sizeof(Line) / plan.lanes;
-  for (size_t i = 0; i < rows.regions.size(); ++i) {
+  for (int64_t i = 0; i < rows.regions.Size(); ++i) {
     const RowRegion& region = rows.regions[i];
     const int64_t first = part.row + region.first, count = part.rows + region.extra;
     const int64_t begin = std::clamp<int64_t>(-first, 0, count);
@@ -106,7 +106,7 @@ void CopySource(const RowPlan& plan, const Part& part, const char* in, Line* to,
       std::memset(bytes, 0, begin * row_bytes);
       std::memset(bytes + end * row_bytes, 0, (count - end) * row_bytes);
     }
-    for (size_t j = 0; j < columns.regions.size(); ++j) {
+    for (int64_t j = 0; j < columns.regions.Size(); ++j) {
       const RowRegion& side = columns.regions[j];
       CopyWindow(call.kernels, call.InPixels(), call.in.row, in,
                  {(first + begin) * rows.read_step + region.phase, rows.read_step, end - begin, side.phase,
@@ -148,7 +148,7 @@ void ConvolvePhase(const RowPlan& plan, const Part& part, int64_t row_phase, int
   for (int64_t row = 0; row < std::min(rows.dilation, count); ++row) {
     RowPiece pieces[kMostPieces];
     int64_t piece_count = 0;
-    for (size_t i = 0; i < rows.taps.size() && column_count > 0; ++i) {
+    for (int64_t i = 0; i < rows.taps.Size() && column_count > 0; ++i) {
       if (!meets_row(rows.taps[i])) continue;
       const int64_t first = (rows.Read(i, plan.packed_rows) + row) * plan.in_step;
       const int64_t weight = rows.Before(i) * columns.kernel + first_column;
@@ -259,11 +259,11 @@ bool PrefersRows(const RowCall& call, bool is_filter_grad) {
                          call.kernels.element_size * lanes < static_cast<int64_t>(sizeof(Line));
   if (!is_packed) return false;
   for (const RowAxis* axis : {&rows, &columns}) {
-    if (axis->taps.size() > kMostPhases || axis->write_step > kMostPhases) return false;
+    if (axis->taps.Size() == 0 || axis->write_step > kMostPhases) return false;
     // What is packed for the padding.
     if (axis->Packed(axis->OutSize(0)) > 4 * axis->in + 64) return false;
   }
-  if (rows.taps.size() * call.Sources() > kMostPieces) return false;
+  if (rows.taps.Size() * call.Sources() > kMostPieces) return false;
   const int64_t taps = call.Sources() * rows.kernel * columns.kernel;
   const int64_t most_lines = kMostBytes / static_cast<int64_t>(sizeof(Line));
   if (taps > most_lines) return false;
