@@ -12,10 +12,10 @@ import math
 import zlib
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import reference
+from jax.core import Tracer
 
 import jax_dwbp
 from jax_dwbp import bench
@@ -157,7 +157,7 @@ def from_layout(x, data_format):
     if data_format == "NHWC":
         return x
     # Outside of a trace by NumPy, for which nothing is compiled.
-    return (x if isinstance(x, jax.core.Tracer) else np.asarray(x)).transpose(0, 2, 3, 1)
+    return (x if isinstance(x, Tracer) else np.asarray(x)).transpose(0, 2, 3, 1)
 
 
 # Small enough for every dtype, layout, implementation and transformation; together they have each

@@ -25,6 +25,8 @@ LARGER = (
     Case("wide_filter", (1, 2, 90, 32), (1, 70, 32, 1)),
     Case("picture", (1, 97, 210, 3), (5, 5, 3, 1)),
     Case("dilated_picture", (1, 85, 61, 5), (3, 3, 5, 1), dilations=(3, 2)),
+    Case("strided_picture", (1, 97, 211, 3), (5, 4, 3, 1), (2, 2)),
+    Case("multiplied_picture", (1, 61, 70, 3), (3, 3, 3, 8), (2, 2)),
     Case("plane", (1, 129, 400, 1), (3, 3, 1, 1)),
     Case("sound", (1, 1, 30000, 1), (1, 20, 1, 1)),
     Case("small_planes", (40, 9, 8, 5), (3, 3, 5, 1)),

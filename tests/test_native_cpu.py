@@ -437,6 +437,7 @@ BY_ROWS = (
     Case("strided_tiles", (1, 3, 9001, 1), (3, 3, 1, 1), (2, 3)),
     Case("multiplied", (2, 9, 21, 3), (3, 3, 3, 5)),
     Case("multiplied_and_strided", (1, 15, 33, 2), (3, 3, 2, 4), (2, 2)),
+    Case("wide_pixels", (1, 9, 31, 3), (3, 3, 3, 8), (2, 2)),
     Case("multiplied_bands", (1, 200, 150, 1), (3, 3, 1, 16)),
 )
 

@@ -148,8 +148,8 @@ FAULTS = [
             SANITIZERS,
         ),
         (
-            "std::min((band + 1) * turns / bands * kernels.channel_lanes->rows, out_rows);",
-            "std::min(((band + 1) * turns / bands + 1) * kernels.channel_lanes->rows, out_rows);",
+            "std::min((band + 1) * turns / bands * together, out_rows);",
+            "std::min(((band + 1) * turns / bands + 1) * together, out_rows);",
             SANITIZERS,
         ),
         (
@@ -236,7 +236,7 @@ FAULTS = [
         ("window.has_zeros ? 0 : begin * period", "0", ROWS),
         ("(count - end) * row_bytes", "0", ROWS),
         ("if (plan.lines > most_lines) return false;", "", SPANS),
-        ("CeilDiv(count - row, rows.dilation)", "count / rows.dilation", ROWS),
+        ("CeilDiv(count - row, rows.dilation), width", "count / rows.dilation, width", ROWS),
         ("columns.out - first_column)", "columns.out)", SANITIZERS),
         ("first + source * plan.source_lines * plan.lanes", "first", ROWS),
         ("weight + source * rows.kernel * columns.kernel", "weight", ROWS),
@@ -244,7 +244,7 @@ FAULTS = [
     ),
     *faults(
         ROW_REDUCTION,
-        ("values % plan.line_step != rest ||", "", ROWS),
+        ("columns * plan.period != values ||", "", ROWS),
         ("std::max<int64_t>(0, row + region.first)", "row + region.first", SANITIZERS),
         ("call.rows.Before(i) * call.columns.kernel + call.columns.Before(j)", "0", ROWS),
         ("kFoldLines = 2048", "kFoldLines = int64_t{1} << 40", CHAINS),

@@ -1,5 +1,5 @@
-// What is packed to lines of channels and emitted from them. What vectors.h says of instruction sets holds here
-// too.
+// What is packed to lines of channels and emitted from them. What vectors.h says of instruction sets holds
+// here too.
 
 #include "kernels.h"
 #include "vectors.h"

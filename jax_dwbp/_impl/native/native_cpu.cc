@@ -233,10 +233,12 @@ struct Ring {
     if (scratch.held[slot] != position) {
       scratch.held[slot] = position;
       const int64_t row = position * rows.read_step + rows.phases[tap.phase];
-      kernels.channel_moves->pack({const_cast<char*>(image) + row * tensor.row * kernels.element_size, lines, plane,
-                    channels, multiplier, tensor.column, tensor.depth, rows.read_step * tensor.row},
-                   {columns.phases.data(), static_cast<int64_t>(columns.phases.size()),
-                    columns.read_step, start + First(start), width, columns.read_size});
+      const char* const from = image + row * tensor.row * kernels.element_size;
+      kernels.channel_moves->pack(
+          {const_cast<char*>(from), lines, plane, channels, multiplier, tensor.column, tensor.depth,
+           rows.read_step * tensor.row},
+          {columns.phases.data(), static_cast<int64_t>(columns.phases.size()), columns.read_step,
+           start + First(start), width, columns.read_size});
     }
     return reinterpret_cast<const char*>(lines);
   }
@@ -318,14 +320,15 @@ int64_t BlocksPerTask(int64_t blocks, int64_t block_lines, int64_t most) {
 void Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes, const Axis& rows,
               const Axis& columns, const Tensor& in, int64_t in_multiplier, const Tensor& filter,
               const Tensor& out, int64_t out_multiplier) {
-  const int64_t lanes = kernels.lanes, element = kernels.element_size;
+  const ChannelMoves& moves = *kernels.channel_moves;
+  const int64_t lanes = kernels.lanes, element = kernels.element_size, together = kernels.channel_lanes->rows;
   const int64_t kernel = sizes.kernel_rows * sizes.kernel_columns;
   const bool in_place = IsLines(kernels, in, sizes.channels, in_multiplier) && kernel <= kInPlaceTaps;
   const bool out_in_place = HasLines(kernels, out, sizes.channels, out_multiplier);
   const Ring ring(kernels, rows, columns, in, in_multiplier, columns.Count());
   const int64_t blocks = CeilDiv(sizes.channels, lanes);
   const int64_t weight_plane = Odd(kernel), buffer_plane = Odd(ring.tile);
-  const int64_t buffer_lines = kernels.channel_lanes->rows * out_multiplier * buffer_plane;
+  const int64_t buffer_lines = together * out_multiplier * buffer_plane;
   const int64_t block_lines = (in_place ? 0 : ring.block) + sizes.multiplier * weight_plane +
                               (out_in_place ? 0 : buffer_lines);
   const int64_t task_blocks = BlocksPerTask(blocks, block_lines, blocks);
@@ -338,7 +341,7 @@ void Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
   const int64_t threads = work < kSmall ? 1 : pool.num_threads();
   // Bands of rows pack the rows that they share twice.
   const int64_t whole = sizes.problems * sizes.batch * chunks * tiles;
-  const int64_t turns = CeilDiv(out_rows, kernels.channel_lanes->rows);
+  const int64_t turns = CeilDiv(out_rows, together);
   const int64_t most_bands = threads == 1 ? 1 : std::min(turns, CeilDiv(out_rows, rows.Span() + 1));
   const int64_t bands = std::clamp<int64_t>(CeilDiv(4 * threads, whole), 1, most_bands);
 
@@ -369,10 +372,10 @@ void Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
     const auto pack_weights = [&](int64_t block, int64_t channel, int64_t count) {
       if (count == 0) return;
       const int64_t zero = 0, first = first_channel + channel;
-      kernels.channel_moves->pack({filter.data + (problem * filter.problem + first * sizes.multiplier) * element,
-                    weights + block * sizes.multiplier * weight_plane, weight_plane, count,
-                    sizes.multiplier, sizes.channels * sizes.multiplier, 1},
-                   {&zero, 1, 1, 0, kernel, kernel});
+      moves.pack({filter.data + (problem * filter.problem + first * sizes.multiplier) * element,
+                  weights + block * sizes.multiplier * weight_plane, weight_plane, count,
+                  sizes.multiplier, sizes.channels * sizes.multiplier, 1},
+                 {&zero, 1, 1, 0, kernel, kernel});
     };
     if (scratch.filter != problem * chunks + chunk) {
       scratch.filter = problem * chunks + chunk;
@@ -388,14 +391,14 @@ void Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
     BeginTile(scratch, tile, ring, in_place ? &reader : nullptr);
 
     // Bands start where a kernel's turn starts, so that each row is summed alike with any of them.
-    const int64_t begin = band * turns / bands * kernels.channel_lanes->rows;
-    const int64_t end = std::min((band + 1) * turns / bands * kernels.channel_lanes->rows, out_rows);
-    for (int64_t t = begin; t < end; t += kernels.channel_lanes->rows) {
+    const int64_t begin = band * turns / bands * together;
+    const int64_t end = std::min((band + 1) * turns / bands * together, out_rows);
+    for (int64_t t = begin; t < end; t += together) {
       for (int64_t row_phase = 0; row_phase < rows.WrittenPhases(); ++row_phase) {
         const int64_t out_row = t * rows.write_step + row_phase;
         if (out_row >= rows.write_size) break;
         const ffi::Span<const AxisTap> row_taps = rows.Taps(row_phase);
-        const bool two = kernels.channel_lanes->rows == 2 && out_row + rows.write_step < rows.write_size;
+        const bool two = together == 2 && out_row + rows.write_step < rows.write_size;
 
         scratch.rows.clear();
         for (auto& row_weights : scratch.weights) row_weights.clear();
@@ -424,7 +427,7 @@ void Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
         }
         const int64_t row_count = scratch.rows.size();
         const Ahead ahead =
-            in_place ? reader.Next(scratch.rows, in_image, start, tiles, kernels.channel_lanes->rows) : Ahead{};
+            in_place ? reader.Next(scratch.rows, in_image, start, tiles, together) : Ahead{};
 
         const auto move = [&](int64_t row_bytes, int64_t weight_lines) {
           for (const char*& row : scratch.rows) row += row_bytes;
@@ -460,7 +463,7 @@ void Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
                              count,
                              {},
                              out_in_place ? out_step * element : line,
-                             out_in_place && lanes * element < line ? kernels.channel_moves->store : nullptr,
+                             out_in_place && lanes * element < line ? moves.store : nullptr,
                              end - block,
                              sizes.multiplier * weight_plane,
                              out_in_place ? lanes * element : out_multiplier * buffer_plane * line};
@@ -476,11 +479,11 @@ void Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
             }
             move(-skipped, -skipped_weights - out_multiplier * weight_plane);
             for (int i = 0; i <= two && !out_in_place; ++i) {
-              kernels.channel_moves->emit({result + i * next_row,
-                            buffer + i * conv.blocks * out_multiplier * buffer_plane, buffer_plane,
-                            std::min(channels - channel, conv.blocks * lanes), out_multiplier,
-                            out_step, out.depth},
-                           count);
+              moves.emit({result + i * next_row,
+                          buffer + i * conv.blocks * out_multiplier * buffer_plane, buffer_plane,
+                          std::min(channels - channel, conv.blocks * lanes), out_multiplier,
+                          out_step, out.depth},
+                         count);
             }
           };
           convolve(0, whole_blocks, 0, out_in_place);
@@ -496,6 +499,7 @@ void Convolve(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes,
 
 void Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes, const Axis& rows,
                const Axis& columns, const Tensor& in, const Tensor& dy, const Tensor& out) {
+  const ChannelMoves& moves = *kernels.channel_moves;
   const int64_t lanes = kernels.lanes, element = kernels.element_size, m_count = sizes.multiplier;
   const bool in_place = IsLines(kernels, in, sizes.channels, 1);
   const bool dy_in_place = IsLines(kernels, dy, sizes.channels, m_count);
@@ -600,10 +604,10 @@ void Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
               const char* const dy_start = dy_row + channel * m_count * dy.depth * element;
               if (!dy_in_place) {
                 const int64_t zero = 0;
-                kernels.channel_moves->pack({const_cast<char*>(dy_start), packed_dy, dy_plane,
-                              std::min(channels - channel, (end - block) * lanes), m_count,
-                              dy.column, dy.depth, dy.row},
-                             {&zero, 1, 1, 0, count, count});
+                moves.pack({const_cast<char*>(dy_start), packed_dy, dy_plane,
+                            std::min(channels - channel, (end - block) * lanes), m_count,
+                            dy.column, dy.depth, dy.row},
+                           {&zero, 1, 1, 0, count, count});
               }
               for (int64_t m = 0; m < m_count; ++m) {
                 const char* const dy_of_multiple =
@@ -629,12 +633,12 @@ void Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
             correlate(0, whole_blocks, 0, dy_in_place);
             correlate(whole_blocks, chunk_blocks, rest, in_place && dy_in_place);
             if (++rows_summed % kReductionRows == 0) {
-              kernels.channel_moves->add(total, sum, count_of_sums);
+              moves.add(total, sum, count_of_sums);
               std::fill_n(sum, count_of_sums, Line{});
             }
           }
         }
-        kernels.channel_moves->add(total, sum, count_of_sums);
+        moves.add(total, sum, count_of_sums);
       });
   ParallelFor(pool, adders, tasks, 1, [&](Scratch&, int64_t task) {
     const int64_t chunk = task % chunks, problem = task / chunks;
@@ -644,17 +648,17 @@ void Correlate(ffi::ThreadPool& pool, const Kernels& kernels, const Sizes& sizes
     const int64_t count = CeilDiv(channels, lanes) * m_count * sum_plane;
     for (int64_t step = 1; step < parts; step *= 2) {
       for (int64_t part = 0; part + step < parts; part += 2 * step) {
-        kernels.channel_moves->add(sum + part * sum_lines, sum + (part + step) * sum_lines, count);
+        moves.add(sum + part * sum_lines, sum + (part + step) * sum_lines, count);
       }
     }
     const int64_t whole_blocks = in_place ? channels / lanes : 0;
     const int64_t rest = in_place ? channels - lanes : 0;
     const auto emit = [&](int64_t block, int64_t channel, int64_t count) {
       if (count == 0) return;
-      kernels.channel_moves->emit({out.data + (problem * out.problem + (first_channel + channel) * m_count) * element,
-                    sum + block * m_count * sum_plane, sum_plane, count, m_count,
-                    sizes.channels * m_count, 1},
-                   kernel);
+      moves.emit({out.data + (problem * out.problem + (first_channel + channel) * m_count) * element,
+                  sum + block * m_count * sum_plane, sum_plane, count, m_count,
+                  sizes.channels * m_count, 1},
+                 kernel);
     };
     emit(0, 0, whole_blocks * lanes);
     if (whole_blocks * lanes < channels) emit(whole_blocks, rest, channels - rest);
@@ -785,8 +789,9 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b,
   const auto row_axis = [&](int i) {
     const int64_t kernel = fs[1 + i], dilation = kernel == 1 ? 1 : rhs_dilation[i];
     const int64_t x_size = xs[height + i], y_size = ys[height + i];
-    if (!is_transposed) return RowAxis(x_size, y_size, kernel, dilation, -low[i], window_strides[i], false);
-    return RowAxis(y_size, x_size, kernel, dilation, low[i] - dilation * (kernel - 1), window_strides[i], true);
+    const int64_t stride = window_strides[i], last = dilation * (kernel - 1);
+    if (!is_transposed) return RowAxis(x_size, y_size, kernel, dilation, -low[i], stride, false);
+    return RowAxis(y_size, x_size, kernel, dilation, low[i] - last, stride, true);
   };
   const RowCall call{*kernels, sizes, channels_first, is_transposed, row_axis(0), row_axis(1),
                      is_transposed ? yt : xt, ft, is_transposed ? xt : yt};

@@ -46,6 +46,14 @@ int64_t RowAxis::Read(int64_t i, int64_t count) const {
   return Start(region, count) + taps[i].offset - regions[region].first;
 }
 
+RowAxis::Range RowAxis::Meeting(int64_t out_phase) const {
+  if (write_step == 1) return {0, taps.Size()};
+  for (int64_t i = 0; i < taps.Size(); ++i) {
+    if (taps[i].phase == out_phase) return {i, i + 1};
+  }
+  return {0, 0};
+}
+
 std::vector<int64_t> RowAxis::Order() const {
   std::vector<int64_t> order;
   order.reserve(kernel);

@@ -74,6 +74,11 @@ struct RowAxis {
   int64_t Start(int64_t region, int64_t count) const;
   int64_t Read(int64_t i, int64_t count) const;
 
+  // Those of `taps` from which a phase of the result comes.
+  struct Range {
+    int64_t begin, end;
+  };
+  Range Meeting(int64_t out_phase) const;
   // All of the taps, those of each phase one after the other, and how many come before taps i.
   std::vector<int64_t> Order() const;
   int64_t Before(int64_t i) const;

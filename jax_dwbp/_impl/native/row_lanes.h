@@ -130,10 +130,10 @@ struct RowCorrelation {
 };
 
 // The values of lines that are a sum, of which the first `values` count, are added to one value for each
-// place of the period.
+// place of the period, with place `first` as the first.
 struct RowFold {
   const Line* from;
-  int64_t taps, period, values;
+  int64_t taps, period, first, values;
   Line* to;
 };
 

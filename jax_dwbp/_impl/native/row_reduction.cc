@@ -16,7 +16,7 @@ constexpr int64_t kFoldLines = 2048;
 // How the work is cut. All but the threads is fixed by the shapes.
 struct SumPlan {
   const RowCall& call;
-  int64_t period, lanes, line_step;
+  int64_t period, lanes, line_step, variants;
   int64_t taps, filters;
   int64_t column, columns;  // of dy that meet more than padding
   int64_t tile, tiles;      // columns
@@ -30,7 +30,8 @@ struct SumPlan {
       : call(call),
         period(call.Period()),
         lanes(call.kernels.lanes),
-        line_step(lanes / period * period),
+        line_step(call.LineStep()),
+        variants(call.Variants()),
         taps(call.rows.kernel * call.columns.kernel),
         filters(call.sizes.problems * call.Planes()) {
     const RowAxis &rows = call.rows, &across = call.columns;
@@ -60,7 +61,7 @@ struct SumPlan {
     // With what the last line reads behind its row.
     in_lines = rows.Packed(band) * in_step / lanes + 1;
     dy_lines = band * dy_step / lanes + 1;
-    lines = in_lines + dy_lines + 2 * taps + fold_lines;
+    lines = in_lines + dy_lines + 2 * variants * taps + fold_lines;
   }
 };
 
@@ -68,9 +69,9 @@ struct SumPlan {
 struct Sums {
   const SumPlan& plan;
   Line *in, *dy;
-  Line* lines[2];   // of whole lines, and of the one at the end of each row, which may be less
+  Line* lines[2];      // of whole lines, and of the one at the end of each row, which may be less
   Line* total;
-  int64_t rest = 0;  // values of the latter
+  int64_t values = 0;  // of a row
   int64_t summed = 0;
   bool has_zeros = false;
 
@@ -78,20 +79,36 @@ struct Sums {
     in = memory;
     dy = in + plan.in_lines;
     lines[0] = dy + plan.dy_lines;
-    lines[1] = lines[0] + plan.taps;
-    std::memset(lines[0], 0, 2 * plan.taps * sizeof(Line));
+    lines[1] = lines[0] + plan.variants * plan.taps;
+    Clear();
     std::memset(total, 0, plan.fold_lines * sizeof(Line));
+  }
+
+  void Clear() {
+    std::memset(lines[0], 0, 2 * plan.variants * plan.taps * sizeof(Line));
+    summed = 0;
+  }
+  // Values of a line that count, whole lines of a row, and what the last one has.
+  int64_t LineValues() const { return std::min(plan.line_step, plan.lanes); }
+  int64_t WholeLines(int64_t variant) const {
+    const int64_t room = values - variant * plan.lanes - LineValues();
+    return room < 0 ? 0 : room / plan.line_step + 1;
+  }
+  int64_t Rest(int64_t variant) const {
+    const int64_t end = variant * plan.lanes + WholeLines(variant) * plan.line_step;
+    return std::clamp<int64_t>(values - end, 0, plan.lanes);
   }
 
   void Fold() {
     if (summed == 0) return;
-    const RowSums& kernels = *plan.call.kernels.row_sums;
-    const int64_t counts[] = {plan.line_step, rest};
-    for (int i = 0; i < 2; ++i) {
-      kernels.fold({lines[i], plan.taps, plan.period, counts[i], total});
+    for (int64_t variant = 0; variant < plan.variants; ++variant) {
+      const int64_t counts[] = {LineValues(), Rest(variant)};
+      for (int i = 0; i < 2; ++i) {
+        plan.call.kernels.row_sums->fold({lines[i] + variant * plan.taps, plan.taps, plan.period,
+                                          variant * plan.lanes % plan.period, counts[i], total});
+      }
     }
-    std::memset(lines[0], 0, 2 * plan.taps * sizeof(Line));
-    summed = 0;
+    Clear();
   }
 
   // Adds what is in some rows and columns of an image.
@@ -102,10 +119,10 @@ struct Sums {
     const int64_t columns = std::min(plan.tile, plan.column + plan.columns - column);
     CopyWindow(call.kernels, {plan.period, 1, 1, call.out.column}, call.out.row, dy_plane,
                {row, 1, rows, 0, 1, column, columns, call.columns.out, true}, dy, 0, plan.dy_step);
-    const int64_t values = columns * plan.period, whole = values / plan.line_step;
-    if (values % plan.line_step != rest || summed + rows * (whole + 1) > kFoldLines) Fold();
-    rest = values % plan.line_step;
-    summed += rows * (whole + 1);
+    const int64_t row_lines = CeilDiv(columns * plan.period, plan.line_step) + 1;
+    if (columns * plan.period != values || summed + rows * row_lines > kFoldLines) Fold();
+    values = columns * plan.period;
+    summed += rows * row_lines;
     for (int64_t i = 0; i < call.rows.regions.Size(); ++i) {
       const RowRegion& region = call.rows.regions[i];
       const int64_t in_row = std::max<int64_t>(0, row + region.first);
@@ -122,14 +139,18 @@ struct Sums {
                     call.columns.InSize(side.phase), has_zeros},
                    in, first, plan.in_step);
         const int64_t line = call.rows.Before(i) * call.columns.kernel + call.columns.Before(j);
-        const int64_t firsts[] = {0, whole * plan.line_step}, counts[] = {whole, rest > 0};
-        for (int k = 0; k < 2; ++k) {
-          if (counts[k] == 0) continue;
-          call.kernels.row_sums->correlate(
-              {in, first + firsts[k], plan.in_step, in_end - in_row, dy, firsts[k], plan.dy_step, rows,
-               row + region.first - in_row, call.rows.dilation, call.rows.taps[i].count,
-               call.columns.taps[j].count, call.columns.dilation * plan.period, counts[k], plan.line_step,
-               lines[k] + line, call.columns.kernel});
+        for (int64_t variant = 0; variant < plan.variants; ++variant) {
+          const int64_t begin = variant * plan.lanes, whole = WholeLines(variant);
+          const int64_t firsts[] = {begin, begin + whole * plan.line_step};
+          const int64_t counts[] = {whole, Rest(variant) > 0};
+          for (int k = 0; k < 2; ++k) {
+            if (counts[k] == 0) continue;
+            call.kernels.row_sums->correlate(
+                {in, first + firsts[k], plan.in_step, in_end - in_row, dy, firsts[k], plan.dy_step, rows,
+                 row + region.first - in_row, call.rows.dilation, call.rows.taps[i].count,
+                 call.columns.taps[j].count, call.columns.dilation * plan.period, counts[k], plan.line_step,
+                 lines[k] + variant * plan.taps + line, call.columns.kernel});
+          }
         }
       }
     }

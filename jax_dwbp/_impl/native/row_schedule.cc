@@ -30,7 +30,7 @@ struct RowPlan {
   int64_t group, groups;  // planes
   int64_t packed_rows;    // of a region, with those that are computed in vain
   int64_t in_step;        // values from one packed row to the next
-  int64_t phase_step;     // elements from one phase of a row of the result to the next, before they are stored
+  int64_t phase_step;     // elements from one phase of a row to the next, before they are stored
   int64_t variant_lines, weight_lines, phase_lines, source_lines, lines;
   std::vector<int64_t> reads;  // of the columns of the filter: values from where a row starts
 
@@ -125,48 +125,36 @@ void CopyPart(const RowPlan& plan, const Part& part, Line* to, bool has_zeros) {
   }
 }
 
-// Computes rows of one phase, and columns of one or, where these have none, all columns. What no tap meets
-// is a sum of nothing.
+// Computes one phase of rows and of columns. What no tap meets is a sum of nothing.
 void ConvolvePhase(const RowPlan& plan, const Part& part, int64_t row_phase, int64_t column_phase,
                    const Line* weights, const Line* in, char* out, int64_t out_step) {
-  const RowAxis &rows = plan.call.rows, &columns = plan.call.columns;
-  const auto meets = [](const RowAxis& axis, int64_t phase) {
-    return [&axis, phase](const RowTaps& taps) { return axis.write_step == 1 || taps.phase == phase; };
-  };
-  const auto column_taps =
-      std::find_if(columns.taps.begin(), columns.taps.end(), meets(columns, column_phase));
-  int64_t first_column = 0, column_count = 0;
-  if (columns.write_step == 1) {
-    column_count = columns.kernel;
-  } else if (column_taps != columns.taps.end()) {
-    first_column = columns.Before(column_taps - columns.taps.begin());
-    column_count = column_taps->count;
-  }
-  const auto meets_row = meets(rows, row_phase);
+  const RowCall& call = plan.call;
+  const RowAxis &rows = call.rows, &columns = call.columns;
+  const RowAxis::Range row_taps = rows.Meeting(row_phase), column_taps = columns.Meeting(column_phase);
+  const int64_t first_column = columns.Before(column_taps.begin);
+  const int64_t column_count = columns.Before(column_taps.end) - first_column;
   const int64_t count = std::min(part.rows, rows.OutSize(row_phase) - part.row);
   // Rows of the result that a dilated filter takes to the same rows.
   for (int64_t row = 0; row < std::min(rows.dilation, count); ++row) {
     RowPiece pieces[kMostPieces];
     int64_t piece_count = 0;
-    for (int64_t i = 0; i < rows.taps.Size() && column_count > 0; ++i) {
-      if (!meets_row(rows.taps[i])) continue;
+    for (int64_t i = row_taps.begin; i < row_taps.end && column_count > 0; ++i) {
       const int64_t first = (rows.Read(i, plan.packed_rows) + row) * plan.in_step;
       const int64_t weight = rows.Before(i) * columns.kernel + first_column;
-      for (int64_t source = 0; source < plan.call.Sources(); ++source) {
+      for (int64_t source = 0; source < call.Sources(); ++source) {
         pieces[piece_count++] = {first + source * plan.source_lines * plan.lanes,
                                  weight + source * rows.kernel * columns.kernel, rows.taps[i].count};
       }
     }
-    const int64_t width = part.columns * plan.period, height = CeilDiv(count - row, rows.dilation);
-    char* const out_row = out + row * out_step * plan.call.kernels.element_size;
-    for (int64_t first = 0; first < std::min(plan.call.LineStep(), width); first += plan.lanes) {
-      plan.kernels.convolve({in + first / plan.lanes,
-                             rows.dilation * plan.in_step, pieces, piece_count,
+    const int64_t width = part.columns * plan.period, element = call.kernels.element_size;
+    char* const out_row = out + row * out_step * element;
+    for (int64_t variant = 0; variant * plan.lanes < std::min(call.LineStep(), width); ++variant) {
+      const int64_t first = variant * plan.lanes;
+      plan.kernels.convolve({in + variant, rows.dilation * plan.in_step, pieces, piece_count,
                              plan.reads.data() + first_column, column_count,
-                             weights + first / plan.lanes * plan.variant_lines, columns.kernel, height,
-                             width - first, plan.call.LineStep(),
-                             out_row + first * plan.call.kernels.element_size, rows.dilation * out_step,
-                             plan.by_row});
+                             weights + variant * plan.variant_lines, columns.kernel,
+                             CeilDiv(count - row, rows.dilation), width - first, call.LineStep(),
+                             out_row + first * element, rows.dilation * out_step, plan.by_row});
     }
   }
 }
@@ -253,7 +241,7 @@ void CopyWindow(const Kernels& kernels, RowPixels pixels, int64_t row_step, cons
 bool PrefersRows(const RowCall& call, bool is_filter_grad) {
   const RowAxis &rows = call.rows, &columns = call.columns;
   const int64_t lanes = call.kernels.lanes, period = call.Period(), channels = call.sizes.channels;
-  if (period > lanes && (call.Repeats() == 1 || is_filter_grad)) return false;
+  if (period > lanes && call.Repeats() == 1) return false;
   if (call.Variants() > kMostLinesOfPixel || period > kMostLinesOfPixel * lanes) return false;
   const bool is_packed = call.channels_first || channels % lanes > 0 ||
                          call.kernels.element_size * lanes < static_cast<int64_t>(sizeof(Line));
@@ -315,9 +303,7 @@ void ConvolveRows(ffi::ThreadPool& pool, const RowCall& call) {
         int64_t filter = plane / call.sizes.batch, channel = filter % channels;
         int64_t problem = filter / channels;
         for (bool is_first = true; plane < end; ++plane, is_first = false) {
-          if (std::exchange(scratch.filter, filter) != filter) {
-            PackFilter(plan, taps, filter, weights);
-          }
+          if (std::exchange(scratch.filter, filter) != filter) PackFilter(plan, taps, filter, weights);
           const int64_t index = problem * call.sizes.batch + image;
           const int64_t in = index * call.in.image + call.InPlane(channel);
           const int64_t out = index * call.out.image + call.OutPlane(channel);

@@ -27,7 +27,7 @@ struct RowCall {
   int64_t Repeats() const { return is_transposed || channels_first ? 1 : sizes.multiplier; }
   // Values of a pixel that lie side by side, with weights of their own, and planes of an image.
   int64_t Period() const { return channels_first ? 1 : sizes.channels * Repeats(); }
-  // From one line of a row to the next that has the same weights, and the lines between them, each with its own.
+  // From one line of a row to the next that has the same weights, and how many have weights of their own.
   int64_t LineStep() const {
     const int64_t lanes = kernels.lanes, period = Period();
     return period <= lanes ? lanes / period * period : std::lcm(lanes, period);

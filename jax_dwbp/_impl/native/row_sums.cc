@@ -120,6 +120,10 @@ void Fold(const RowFold& fold) {
   for (int64_t tap = 0; tap < fold.taps; ++tap, from += kLanes<T>, to += fold.period) {
     T values[kLanes<T>];
     __builtin_memcpy(values, from, sizeof(values));
+    if (fold.period > kLanes<T>) {
+      for (int64_t i = 0; i < fold.values; ++i) to[(fold.first + i) % fold.period] += values[i];
+      continue;
+    }
     for (int64_t count = fold.values / fold.period, half; count > 1; count = half) {
       half = (count + 1) / 2;
       const T* const others = values + half * fold.period;
