@@ -12,6 +12,7 @@ import math
 import zlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import reference
@@ -156,8 +157,10 @@ def to_layout(x, data_format):
 def from_layout(x, data_format):
     if data_format == "NHWC":
         return x
-    # Outside of a trace by NumPy, for which nothing is compiled.
-    return (x if isinstance(x, Tracer) else np.asarray(x)).transpose(0, 2, 3, 1)
+    # A result on one device by NumPy, for which nothing is compiled.
+    if isinstance(x, jax.Array) and not isinstance(x, Tracer) and len(x.devices()) == 1:
+        x = np.asarray(x)
+    return x.transpose(0, 2, 3, 1)
 
 
 # Small enough for every dtype, layout, implementation and transformation; together they have each
