@@ -1,4 +1,4 @@
-"""A C++ kernel, called through `jax.ffi`; native/native_cpu.cc says how it works.
+"""A C++ kernel, called through `jax.ffi`; native/native_cpu.cc is where it starts.
 
 It is compiled when the package is installed, for all instruction sets that it has code for, and
 takes the best one that the CPU has. Operands have either layout, and an axis of problems or not.

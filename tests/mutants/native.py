@@ -11,18 +11,21 @@ from mutants.fault import NotPlanted, faults
 
 _FOLDER = Path("_impl/native")
 _NAMES = (
-    *("native_cpu.cc", "kernels.cc", "channel_lanes.cc", "channel_sums.cc", "channel_moves.cc"),
+    *("native_cpu.cc", "kernels.cc", "channel_axis.cc", "channel_ring.cc"),
+    *("channel_schedule.cc", "channel_reduction.cc"),
+    *("channel_lanes.cc", "channel_sums.cc", "channel_moves.cc"),
     *("row_axis.cc", "row_schedule.cc", "row_reduction.cc"),
     *("row_lanes.cc", "row_sums.cc", "row_moves.cc"),
 )
-_HEADERS = ("runtime.h", "vectors.h", "channel_filter.h")
+_HEADERS = ("runtime.h", "vectors.h", "channel_filter.h", "channel_ring.h")
 FILES = tuple(str(_FOLDER / name) for name in (*_NAMES, *_HEADERS))
-NATIVE_CPU, _, CHANNEL_LANES, CHANNEL_SUMS, CHANNEL_MOVES, *_ = FILES
+NATIVE_CPU, _, CHANNEL_AXIS, CHANNEL_RING, CHANNEL_SCHEDULE, CHANNEL_REDUCTION, *_ = FILES
+CHANNEL_LANES, CHANNEL_SUMS, CHANNEL_MOVES = FILES[6:9]
 *_, ROW_AXIS, ROW_SCHEDULE, ROW_REDUCTION, ROW_LANES, ROW_SUMS, ROW_MOVES = FILES[: len(_NAMES)]
-RUNTIME, VECTORS, CHANNEL_FILTER = FILES[len(_NAMES) :]
+RUNTIME, VECTORS, CHANNEL_FILTER, CHANNEL_RING_H = FILES[len(_NAMES) :]
 # Its names are those of the only kernels, so that nothing chooses among instruction sets.
 _COMPILER = (
-    *("g++", "-std=gnu++17", "-O0", "-march=native", "-fPIC", "-fvisibility=hidden"),
+    *("g++", "-std=gnu++20", "-O0", "-march=native", "-fPIC", "-fvisibility=hidden"),
     *("-DAvx2Kernels=BaselineKernels", "-DAvx512Kernels=BaselineKernels"),
     *("-isystem", jax.ffi.include_dir()),
 )
@@ -43,7 +46,7 @@ def install(file: str, copy: Path, directory: Path) -> None:
     There it is found before the one that is installed.
     """
     objects = {name: str(directory / f"{name}.o") for name in _NAMES}
-    for name in _changed(file):
+    for name in _changed(file, copy):
         objects[name] = str(copy / f"{name}.o")
         _run("-c", str(copy / "jax_dwbp" / _FOLDER / name), "-o", objects[name])
     _run("-shared", *objects.values(), "-o", str(copy / "jax_dwbp/_impl/_native_cpu.so"))
@@ -53,16 +56,22 @@ def sanitized(file: str, copy: Path, directory: Path) -> str:
     """A folder of what the sanitizers need not compile where only `file` is not as it was."""
     folder = copy / "sanitized"
     folder.mkdir()
-    changed = {Path(name).stem for name in _changed(file)}
+    changed = {Path(name).stem for name in _changed(file, copy)}
     for each in (directory / "sanitized").glob("*.o"):
         if each.stem.partition("_")[2] not in changed:
             (folder / each.name).symlink_to(each)
     return str(folder)
 
 
-def _changed(file: str) -> tuple[str, ...]:
-    """The sources to compile where `file` is not as it was."""
-    return _NAMES if Path(file).name in _HEADERS else (Path(file).name,)
+def _changed(file: str, copy: Path) -> set[str]:
+    """The sources to compile where `file` is not as it was: itself, or those that include it."""
+    texts = {path.name: path.read_text() for path in (copy / "jax_dwbp" / _FOLDER).glob("*.*")}
+    changed, more = set(), {Path(file).name}
+    while more:
+        changed |= more
+        includes = [f'#include "{name}"' for name in more]
+        more = {name for name, text in texts.items() if any(i in text for i in includes)} - changed
+    return changed & set(_NAMES)
 
 
 def _run(*arguments: str) -> None:
@@ -90,6 +99,19 @@ FORWARD, INPUT_GRAD = (
 FAULTS = [
     *faults(
         NATIVE_CPU,
+        ("values[1] >= 1;", "values[1] >= 0;", FITS),
+        ("if (low.size() != 2)", "if (low.size() > 2)", FITS),
+        ("if (!shared_filter && f[0] != x[0])", "if (false)", FITS),
+        ("y[depth] != f[3] * f[4]", "y[depth] < f[3]", FITS),
+        (
+            "int64_t* shape : {xs, ys}",
+            "int64_t* shape : {xs}",
+            "tests/test_batching.py -k native_cpu",
+            "how many images there are is asked of x alone",
+        ),
+    ),
+    *faults(
+        CHANNEL_AXIS,
         (
             "CeilDiv(read_size - read_phase, read_step) - offset",
             "(read_size - read_phase) / read_step - offset",
@@ -101,56 +123,8 @@ FAULTS = [
             "other.offset == tap.offset + 2",
             "tests/test_native_cpu.py -k rows_of_whole_lines",
         ),
-        ("1 - tile - start", "1 - start", LONGER),
-        ("values[1] >= 1;", "values[1] >= 0;", FITS),
-        ("if (low.size() != 2)", "if (low.size() > 2)", FITS),
-        ("if (!shared_filter && f[0] != x[0])", "if (false)", FITS),
-        ("y[depth] != f[3] * f[4]", "y[depth] < f[3]", FITS),
         ("axis.period += window.Phase(k) < in;", "++axis.period;", PHASES),
-        (
-            "columns.falls ? count - 1 - i : i",
-            "i",
-            INPUT_GRAD,
-            "the sums are of the same, by slower code",
-        ),
-        ("if (image != held_image)", "if (held_image < 0)", CHANNELS),
-        ("channels >= kernels.lanes;", "channels > 0;", SANITIZERS),
-        (
-            "out_row + rows.write_step < rows.write_size;",
-            "out_row + rows.write_step <= rows.write_size;",
-            LARGE,
-        ),
-        ("meet(tap, t + 1, tap.k)", "meet(tap, t, tap.k)", LARGE),
-        (
-            "problem * chunks + chunk) {\n      scratch.filter = problem * chunks + chunk",
-            "problem) {\n      scratch.filter = problem",
-            ALL,
-        ),
-        ("kReductionRows = 32", "kReductionRows = int64_t{1} << 40", CHAINS),
-        ("part += 2 * step", "part += 3 * step", ALL),
-        (
-            "int64_t* shape : {xs, ys}",
-            "int64_t* shape : {xs}",
-            "tests/test_batching.py -k native_cpu",
-            "how many images there are is asked of x alone",
-        ),
-        (
-            "(t + tap.offset) * rows.read_step + rows.phases[tap.phase];\n    return",
-            "(t + tap.offset) * rows.read_step;\n    return",
-            LARGE,
-        ),
-        ("lines += slot * row_lines", "lines += slot % slots * row_lines", CHANNELS),
-        # A read out of bounds, two threads that write the same, and an overflow: no value changes.
-        (
-            "std::min(channels - channel, (end - block) * lanes), m_count,",
-            "(end - block) * lanes, m_count,",
-            SANITIZERS,
-        ),
-        (
-            "std::min((band + 1) * turns / bands * together, out_rows);",
-            "std::min(((band + 1) * turns / bands + 1) * together, out_rows);",
-            SANITIZERS,
-        ),
+        # An overflow: no value changes.
         (
             "return dilation * k - low;",
             "return int32_t(dilation) * int32_t(k) - low;",
@@ -158,11 +132,71 @@ FAULTS = [
         ),
     ),
     *faults(
+        CHANNEL_RING,
+        ("1 - tile - start", "1 - start", LONGER),
+        (
+            "columns.falls ? count - 1 - i : i",
+            "i",
+            INPUT_GRAD,
+            "the sums are of the same, by slower code",
+        ),
+        (
+            "call.sizes.channels >= call.kernels.lanes;",
+            "call.sizes.channels > 0;",
+            SANITIZERS,
+        ),
+    ),
+    *faults(
+        CHANNEL_RING_H,
+        (
+            "image + rows.Element(tap, position) * plan.row_bytes",
+            "image + position * rows.read_step * plan.row_bytes",
+            LARGE,
+        ),
+        ("ring + slot * plan.row_lines", "ring + slot % plan.slots * plan.row_lines", CHANNELS),
+    ),
+    *faults(
+        CHANNEL_SCHEDULE,
+        (
+            "out_row + rows.write_step < rows.write_size;",
+            "out_row + rows.write_step <= rows.write_size;",
+            LARGE,
+        ),
+        ("List(tap, t + 1, tap.k)", "List(tap, t, tap.k)", LARGE),
+        ("place.problem * plan.chunks + place.chunk;", "place.problem;", ALL),
+        # Two threads that write the same: no value changes.
+        (
+            "std::min((place.band + 1) * plan.turns / plan.bands * plan.together,",
+            "std::min(((place.band + 1) * plan.turns / plan.bands + 1) * plan.together,",
+            SANITIZERS,
+        ),
+    ),
+    *faults(
+        CHANNEL_REDUCTION,
+        (
+            "std::exchange(held_image, image) != image",
+            "std::exchange(held_image, image) < 0",
+            CHANNELS,
+        ),
+        ("kReductionRows = 32", "kReductionRows = int64_t{1} << 40", CHAINS),
+        ("part += 2 * step", "part += 3 * step", ALL),
+        # A read out of bounds: no value changes.
+        (
+            """.channels = blocks.channels,
+                                        .multiplier = plan.multiplier,
+                                        .column_step = dy.column""",
+            """.channels = blocks.Count() * call.kernels.lanes,
+                                        .multiplier = plan.multiplier,
+                                        .column_step = dy.column""",
+            SANITIZERS,
+        ),
+    ),
+    *faults(
         CHANNEL_MOVES,
         ("      if (p >= spans[i].end) continue;\n", "", LARGE),
         (
-            "S* values = to + (l * row.multiplier + m) * row.depth_step",
-            "S* values = to + (m * lanes + l) * row.depth_step",
+            "S* values = to + (l * copy.multiplier + m) * copy.depth_step",
+            "S* values = to + (m * lanes + l) * copy.depth_step",
             LARGE,
         ),
         ("++t, out += column_bytes", "++t, out += 64", CONVERTED),
@@ -177,20 +211,24 @@ FAULTS = [
     ),
     *faults(
         CHANNEL_LANES,
-        ("if (kBorder && !(run.lines >> l & 1)) continue;", "", LARGE),
+        ("if (kBorder && !(segment.lines >> l & 1)) continue;", "", LARGE),
         (
             "rows_to(0, 1, Min(end, conv.both_end))",
             "rows_to(0, 1, Min(end, conv.both_begin))",
             LARGE,
         ),
-        ("<= t + j && t + j < run.begin[i].end", "<= t + j && t + j <= run.begin[i].end", LARGE),
+        (
+            "<= t + j && t + j < segment.begin[i].end",
+            "<= t + j && t + j <= segment.begin[i].end",
+            LARGE,
+        ),
         ("if (conv.in.column_bytes != F::kStride * conv.in.line_bytes) return false;", "", LARGE),
         ("if (conv.in.row_count != F::kAll) return false;", "", LARGE),
         ("(l - k) / kStride >= kColumns", "(l - k) / kStride > kColumns", LARGE),
     ),
     *faults(
         CHANNEL_SUMS,
-        ("if (!(lines[g] >> l & 1)) continue;", "", LARGE),
+        ("if (!(lines[s] >> l & 1)) continue;", "", LARGE),
         (
             "group.all_end = Min(group.all_end, tap->end)",
             "group.all_end = Max(group.all_end, tap->end)",

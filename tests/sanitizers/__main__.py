@@ -20,7 +20,7 @@ import jax
 HERE = Path(__file__).parent
 NATIVE = HERE.parents[1] / "jax_dwbp/_impl/native"
 COMPILE = (
-    *("g++", "-std=gnu++17", "-O0", "-g1", "-march=native", "-pthread", "-Wall", "-Wextra"),
+    *("g++", "-std=gnu++20", "-O0", "-g1", "-march=native", "-pthread", "-Wall", "-Wextra"),
     *["-DJAX_DWBP_X86"] * (platform.machine() == "x86_64"),
     *("-isystem", jax.ffi.include_dir()),
 )

@@ -35,7 +35,7 @@ struct Sums {
 };
 
 // Some columns of a result, and the taps that they meet.
-struct Run {
+struct Segment {
   int64_t t;  // the first column
   const Tap *begin, *end;
   // At a border: for each tap a bit for each column where it meets more than padding and, where taps
@@ -54,11 +54,11 @@ constexpr int kFewer = 0 < F::kTaps && F::kTaps <= 3 && kVectors == 1 ? (kMost<F
 // what taps read isn't there: the products with it are left out.
 template <typename T, typename F, bool kBorder, int kRows, int kColumns>
 INLINE void AddRow(Sums<T, kRows, kColumns>& sums, const char* row, const T* const* weights, int first,
-                   int last, const Run& run, const Source& in, Fetch& fetch) {
+                   int last, const Segment& segment, const Source& in, Fetch& fetch) {
   using V = typename Vector<T>::type;
   constexpr int kStep = VECTOR_BYTES / sizeof(T);
   constexpr int kTaps = F::kTaps, kStride = F::kStride;
-  const Tap *const begin = run.begin, *const end = run.end;
+  const Tap *const begin = segment.begin, *const end = segment.end;
   if constexpr (kTaps > 0 && kVectors == 1) {
     // Each line is loaded once, for all taps and rows.
     V w[kRows][kTaps];
@@ -82,7 +82,7 @@ INLINE void AddRow(Sums<T, kRows, kColumns>& sums, const char* row, const T* con
       if (F::kReads && kColumns <= kFewer<F> && l >= kTaps - kStride) {
         __builtin_prefetch(read + kColumns * in.column_bytes);
       }
-      if (kBorder && !(run.lines >> l & 1)) continue;
+      if (kBorder && !(segment.lines >> l & 1)) continue;
       V x = Load<T>(read);
       IN_REGISTER(x);
       UNROLL for (int k = 0; k < kTaps; ++k) {
@@ -97,7 +97,7 @@ INLINE void AddRow(Sums<T, kRows, kColumns>& sums, const char* row, const T* con
     const auto add = [&](const Tap* tap) __attribute__((always_inline)) {
       const char* read = row + tap->read;
       AS_POINTER(read);
-      const uint32_t meets = kBorder ? run.meets[tap - begin] : 0;
+      const uint32_t meets = kBorder ? segment.meets[tap - begin] : 0;
       UNROLL for (int v = 0; v < kVectors; ++v) {
         V w[kRows];
         UNROLL for (int i = 0; i < kRows; ++i) {
@@ -184,29 +184,29 @@ INLINE Result SumRows(const Convolution& conv, int64_t chain_rows, const Add& ad
 
 // Not inlined, for the registers.
 template <typename T, typename F, bool kBorder, int kRows, int kColumns>
-__attribute__((noinline)) void ConvolveRun(const Convolution& convolution, const Run& run) {
+__attribute__((noinline)) void ConvolveSegment(const Convolution& convolution, const Segment& segment) {
   using Result = Sums<T, kRows, kColumns>;
   // A copy, which no result that is stored may change.
   const Convolution conv = convolution;
-  const int64_t first_byte = run.t * conv.in.column_bytes;
-  const int64_t chain_rows = ChainRows(Max(run.end - run.begin, 1));
+  const int64_t first_byte = conv.in.start_bytes + segment.t * conv.in.column_bytes;
+  const int64_t chain_rows = ChainRows(Max(segment.end - segment.begin, 1));
   char* outs[kRows];
-  UNROLL for (int i = 0; i < kRows; ++i) outs[i] = conv.out[i] + run.t * conv.column_bytes;
+  UNROLL for (int i = 0; i < kRows; ++i) outs[i] = conv.out[i] + segment.t * conv.column_bytes;
   const int64_t stride = F::kTaps ? F::kStride : conv.in.column_bytes / conv.in.line_bytes;
   const int64_t share = conv.in.ahead.rows * stride * 64;
   Fetch fetch;
-  fetch.next = fetch.end = conv.in.ahead.data + share * run.t * conv.blocks;
+  fetch.next = fetch.end = conv.in.ahead.data + share * segment.t * conv.blocks;
   for (int64_t block = 0; block < conv.blocks; ++block) {
     fetch.end += share * kColumns;
     const int64_t read_bytes = block * conv.in.block_bytes + first_byte;
-    const int64_t weight_lines = block * conv.weight_lines;
+    const int64_t weight_lines = conv.weight_start + block * conv.weight_lines;
     const auto add = [&](Result& sums, int64_t r, int first, int last)
                          __attribute__((always_inline)) {
       const T* weights[kRows];
       UNROLL for (int i = 0; i < kRows; ++i) {
         weights[i] = reinterpret_cast<const T*>(conv.weights[i][r] + weight_lines);
       }
-      AddRow<T, F, kBorder>(sums, conv.in.rows[r] + read_bytes, weights, first, last, run, conv.in,
+      AddRow<T, F, kBorder>(sums, conv.in.rows[r] + read_bytes, weights, first, last, segment, conv.in,
                             fetch);
     };
     Result sums;
@@ -241,37 +241,37 @@ __attribute__((noinline)) void ConvolveRun(const Convolution& convolution, const
 
 template <typename T, typename F, int kRows, int kColumns>
 INLINE void ConvolveColumns(const Convolution& conv, int64_t t) {
-  Run run;
-  run.t = t, run.begin = conv.taps, run.end = conv.taps + conv.tap_count;
+  Segment segment;
+  segment.t = t, segment.begin = conv.taps, segment.end = conv.taps + conv.tap_count;
   const bool is_wide = conv.tap_count > kSkip;
   if (is_wide && conv.in.row_count > 0) {
     const auto misses = [=](const Tap& tap) { return tap.begin >= t + kColumns || tap.end <= t; };
-    while (run.begin < run.end && misses(*run.begin)) ++run.begin;
-    while (run.begin < run.end && misses(run.end[-1])) --run.end;
+    while (segment.begin < segment.end && misses(*segment.begin)) ++segment.begin;
+    while (segment.begin < segment.end && misses(segment.end[-1])) --segment.end;
   }
   // What is packed has lines of zeros for the padding, but a wide filter would meet too many of them.
-  const int64_t taps = run.end - run.begin;
+  const int64_t taps = segment.end - segment.begin;
   bool border = false;
   for (int64_t i = 0; (is_wide || !conv.in.packed) && taps <= kBorderTaps && i < taps; ++i) {
-    border |= run.begin[i].begin > t || run.begin[i].end < t + kColumns;
+    border |= segment.begin[i].begin > t || segment.begin[i].end < t + kColumns;
   }
-  if (!border) return ConvolveRun<T, F, false, kRows, kColumns>(conv, run);
+  if (!border) return ConvolveSegment<T, F, false, kRows, kColumns>(conv, segment);
   for (int64_t i = 0; i < taps; ++i) {
-    run.meets[i] = 0;
+    segment.meets[i] = 0;
     for (int j = 0; j < kColumns; ++j) {
-      const bool meets = run.begin[i].begin <= t + j && t + j < run.begin[i].end;
-      run.meets[i] |= meets << j;
+      const bool meets = segment.begin[i].begin <= t + j && t + j < segment.begin[i].end;
+      segment.meets[i] |= meets << j;
     }
   }
-  run.lines = 0;
+  segment.lines = 0;
   if constexpr (F::kTaps > 0) {
     for (int line = 0; line < kLines<F, kColumns>; ++line) {
       // A column and a tap that meet there, as good as any.
       const int column = Min(line / F::kStride, kColumns - 1), tap = line - column * F::kStride;
-      if (tap < F::kTaps) run.lines |= uint32_t{run.meets[tap] >> column & 1u} << line;
+      if (tap < F::kTaps) segment.lines |= uint32_t{segment.meets[tap] >> column & 1u} << line;
     }
   }
-  ConvolveRun<T, F, true, kRows, kColumns>(conv, run);
+  ConvolveSegment<T, F, true, kRows, kColumns>(conv, segment);
 }
 
 // The template of a number of columns that is known when it runs.
@@ -292,14 +292,14 @@ void ConvolveSome(const Convolution& conv, int64_t columns, int64_t t) {
 }
 
 template <typename T, typename F, int kRows>
-void ConvolveRows(const Convolution& conv) {
+void ConvolveSegments(const Convolution& conv) {
   // Of even size. Blocks of the same columns lie side by side in the result, so that it is written in
   // one stream. What few taps read comes faster from memory where all blocks of some columns span little
   // of it.
   const int64_t most = conv.columns > 2 * kMost<F> ? kFewer<F> : kMost<F>;
-  const int64_t groups = (conv.columns + most - 1) / most;
-  for (int64_t i = 0; i < groups; ++i) {
-    const int64_t t = i * conv.columns / groups, next = (i + 1) * conv.columns / groups;
+  const int64_t segments = (conv.columns + most - 1) / most;
+  for (int64_t i = 0; i < segments; ++i) {
+    const int64_t t = i * conv.columns / segments, next = (i + 1) * conv.columns / segments;
     ConvolveSome<T, F, kRows, kMost<F>>(conv, next - t, t);
   }
 }
@@ -318,7 +318,7 @@ void ConvolveFilter(const Convolution& conv) {
       if (conv.both_begin != F::kFirst || conv.both_end != F::kFirst + F::kBoth) return false;
       if (conv.in.row_count != F::kAll) return false;
     }
-    ConvolveRows<T, F, kRows>(conv);
+    ConvolveSegments<T, F, kRows>(conv);
     return true;
   };
   (convolve(Filters()) || ...);

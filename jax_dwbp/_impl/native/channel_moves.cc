@@ -13,7 +13,7 @@ struct Span {
 };
 
 // The number of p >= 0 with stride * (first + p) + phase < size.
-INLINE int64_t CountBelow(int64_t size, const Columns& columns, int64_t phase) {
+INLINE int64_t CountBelow(int64_t size, const PackedColumns& columns, int64_t phase) {
   const int64_t room = size - phase - columns.stride * columns.first;
   return room <= 0 ? 0 : (room + columns.stride - 1) / columns.stride;
 }
@@ -53,11 +53,11 @@ INLINE void Join(const T* from, S* to, int64_t plane) {
 }
 
 template <typename S, typename T, int kMultiplier>
-INLINE void PackColumn(const Row& row, const S* from, Line* to) {
-  const int64_t m_count = kMultiplier ? kMultiplier : row.multiplier;
-  const int64_t tail = row.channels % kLanes<T>, plane = row.plane * kLanes<T>;
+INLINE void PackColumn(const ChannelCopy& copy, const S* from, Line* to) {
+  const int64_t m_count = kMultiplier ? kMultiplier : copy.multiplier;
+  const int64_t tail = copy.channels % kLanes<T>, plane = copy.plane * kLanes<T>;
   T* line = reinterpret_cast<T*>(to);
-  for (int64_t b = 0; b < row.channels / kLanes<T>; ++b) {
+  for (int64_t b = 0; b < copy.channels / kLanes<T>; ++b) {
     if constexpr (kMultiplier == 1) {
       LoadLine(from, line);
     } else if constexpr (kMultiplier > 0) {
@@ -79,10 +79,10 @@ INLINE void PackColumn(const Row& row, const S* from, Line* to) {
 
 // Where the columns of an array have their values side by side.
 template <typename S>
-INLINE void PackColumns(const Row& row, const Columns& columns, int64_t phase, const Span* spans,
+INLINE void PackColumns(const ChannelCopy& copy, const PackedColumns& columns, int64_t phase, const Span* spans,
                         int64_t count) {
   using T = typename Compute<S>::type;
-  const int64_t bytes = row.channels * row.multiplier * sizeof(S);
+  const int64_t bytes = copy.channels * copy.multiplier * sizeof(S);
   int64_t last = 0;
   for (int64_t i = 0; i < count; ++i) last = Max(last, spans[i].end);
   // In the order of memory, which is read ahead. The spans begin alike, as phases are below the stride.
@@ -90,27 +90,27 @@ INLINE void PackColumns(const Row& row, const Columns& columns, int64_t phase, c
     for (int64_t i = 0; i < count; ++i) {
       if (p >= spans[i].end) continue;
       const int64_t column = columns.stride * (columns.first + p) + columns.phases[phase + i];
-      const S* from = static_cast<const S*>(row.data) + column * row.column_step;
-      Line* to = row.lines + (phase + i) * columns.width + p;
-      if (row.ahead > 0) {
-        const char* ahead = reinterpret_cast<const char*>(from + row.ahead);
+      const S* from = static_cast<const S*>(copy.data) + column * copy.column_step;
+      Line* to = copy.lines + (phase + i) * columns.width + p;
+      if (copy.ahead > 0) {
+        const char* ahead = reinterpret_cast<const char*>(from + copy.ahead);
         for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
       }
-      switch (row.multiplier) {
+      switch (copy.multiplier) {
         case 1:
-          PackColumn<S, T, 1>(row, from, to);
+          PackColumn<S, T, 1>(copy, from, to);
           break;
         case 2:
-          PackColumn<S, T, 2>(row, from, to);
+          PackColumn<S, T, 2>(copy, from, to);
           break;
         case 4:
-          PackColumn<S, T, 4>(row, from, to);
+          PackColumn<S, T, 4>(copy, from, to);
           break;
         case 8:
-          PackColumn<S, T, 8>(row, from, to);
+          PackColumn<S, T, 8>(copy, from, to);
           break;
         default:
-          PackColumn<S, T, 0>(row, from, to);
+          PackColumn<S, T, 0>(copy, from, to);
       }
     }
   }
@@ -118,18 +118,18 @@ INLINE void PackColumns(const Row& row, const Columns& columns, int64_t phase, c
 
 // Where the values of a channel lie side by side.
 template <typename S>
-INLINE void PackPlanes(const Row& row, const Columns& columns, int64_t phase, const Span& span) {
+INLINE void PackPlanes(const ChannelCopy& copy, const PackedColumns& columns, int64_t phase, const Span& span) {
   using T = typename Compute<S>::type;
-  const int64_t planes = (row.channels + kLanes<T> - 1) / kLanes<T> * row.multiplier;
+  const int64_t planes = (copy.channels + kLanes<T> - 1) / kLanes<T> * copy.multiplier;
   const int64_t column = columns.stride * (columns.first + span.begin) + columns.phases[phase];
-  const int64_t step = columns.stride * row.column_step;
+  const int64_t step = columns.stride * copy.column_step;
   for (int64_t plane = 0; plane < planes; ++plane) {
-    const int64_t block = plane / row.multiplier, m = plane % row.multiplier;
-    const int64_t lanes = Min(kLanes<T>, row.channels - block * kLanes<T>);
-    T* to = reinterpret_cast<T*>(row.lines + phase * columns.width + plane * row.plane);
+    const int64_t block = plane / copy.multiplier, m = plane % copy.multiplier;
+    const int64_t lanes = Min(kLanes<T>, copy.channels - block * kLanes<T>);
+    T* to = reinterpret_cast<T*>(copy.lines + phase * columns.width + plane * copy.plane);
     for (int64_t l = 0; l < kLanes<T>; ++l) {
-      const int64_t depth = ((block * kLanes<T> + l) * row.multiplier + m) * row.depth_step;
-      const S* values = static_cast<const S*>(row.data) + column * row.column_step + depth;
+      const int64_t depth = ((block * kLanes<T> + l) * copy.multiplier + m) * copy.depth_step;
+      const S* values = static_cast<const S*>(copy.data) + column * copy.column_step + depth;
       for (int64_t p = span.begin; p < span.end; ++p, values += step) {
         if (l < lanes) {
           Convert(*values, to[p * kLanes<T> + l]);
@@ -142,10 +142,10 @@ INLINE void PackPlanes(const Row& row, const Columns& columns, int64_t phase, co
 }
 
 template <typename S>
-void Pack(const Row& row, const Columns& columns) {
+void Pack(const ChannelCopy& copy, const PackedColumns& columns) {
   using T = typename Compute<S>::type;
   constexpr int64_t kPhases = 8;
-  const int64_t planes = (row.channels + kLanes<T> - 1) / kLanes<T> * row.multiplier;
+  const int64_t planes = (copy.channels + kLanes<T> - 1) / kLanes<T> * copy.multiplier;
   for (int64_t phase = 0; phase < columns.phase_count; phase += kPhases) {
     const int64_t count = Min(kPhases, columns.phase_count - phase);
     Span spans[kPhases];
@@ -155,13 +155,13 @@ void Pack(const Row& row, const Columns& columns) {
       span.begin = Min(CountBelow(0, columns, start), columns.width);
       span.end = Max(span.begin, Min(CountBelow(columns.size, columns, start), columns.width));
       for (int64_t plane = 0; plane < planes; ++plane) {
-        Line* line = row.lines + (phase + i) * columns.width + plane * row.plane;
+        Line* line = copy.lines + (phase + i) * columns.width + plane * copy.plane;
         __builtin_memset(line, 0, span.begin * sizeof(Line));
         __builtin_memset(line + span.end, 0, (columns.width - span.end) * sizeof(Line));
       }
-      if (row.depth_step != 1) PackPlanes<S>(row, columns, phase + i, span);
+      if (copy.depth_step != 1) PackPlanes<S>(copy, columns, phase + i, span);
     }
-    if (row.depth_step == 1) PackColumns<S>(row, columns, phase, spans, count);
+    if (copy.depth_step == 1) PackColumns<S>(copy, columns, phase, spans, count);
   }
 }
 
@@ -176,8 +176,8 @@ void StoreLines(const Line* lines, int64_t columns, char* out, int64_t column_by
 }
 
 template <typename S, typename T, int kMultiplier>
-INLINE void EmitColumn(const Row& row, int64_t lanes, const T* from, S* to) {
-  const int64_t m_count = row.multiplier, plane = row.plane * kLanes<T>;
+INLINE void EmitColumn(const ChannelCopy& copy, int64_t lanes, const T* from, S* to) {
+  const int64_t m_count = copy.multiplier, plane = copy.plane * kLanes<T>;
   if constexpr (kMultiplier == 1) {
     typename Vector<T>::type line[kVectors];
     __builtin_memcpy(line, from, sizeof(line));
@@ -192,39 +192,39 @@ INLINE void EmitColumn(const Row& row, int64_t lanes, const T* from, S* to) {
 }
 
 template <typename S>
-void Emit(const Row& row, int64_t columns) {
+void Emit(const ChannelCopy& copy, int64_t columns) {
   using T = typename Compute<S>::type;
-  for (int64_t b = 0; b * kLanes<T> < row.channels; ++b) {
-    const int64_t lanes = Min(kLanes<T>, row.channels - b * kLanes<T>);
-    const T* from = reinterpret_cast<const T*>(row.lines + b * row.multiplier * row.plane);
-    S* to = static_cast<S*>(row.data) + b * kLanes<T> * row.multiplier * row.depth_step;
-    if (row.depth_step == 1) {
-      for (int64_t t = 0; t < columns; ++t, from += kLanes<T>, to += row.column_step) {
-        switch (row.multiplier) {
+  for (int64_t b = 0; b * kLanes<T> < copy.channels; ++b) {
+    const int64_t lanes = Min(kLanes<T>, copy.channels - b * kLanes<T>);
+    const T* from = reinterpret_cast<const T*>(copy.lines + b * copy.multiplier * copy.plane);
+    S* to = static_cast<S*>(copy.data) + b * kLanes<T> * copy.multiplier * copy.depth_step;
+    if (copy.depth_step == 1) {
+      for (int64_t t = 0; t < columns; ++t, from += kLanes<T>, to += copy.column_step) {
+        switch (copy.multiplier) {
           case 1:
-            EmitColumn<S, T, 1>(row, lanes, from, to);
+            EmitColumn<S, T, 1>(copy, lanes, from, to);
             break;
           case 2:
-            EmitColumn<S, T, 2>(row, lanes, from, to);
+            EmitColumn<S, T, 2>(copy, lanes, from, to);
             break;
           case 4:
-            EmitColumn<S, T, 4>(row, lanes, from, to);
+            EmitColumn<S, T, 4>(copy, lanes, from, to);
             break;
           case 8:
-            EmitColumn<S, T, 8>(row, lanes, from, to);
+            EmitColumn<S, T, 8>(copy, lanes, from, to);
             break;
           default:
-            EmitColumn<S, T, 0>(row, lanes, from, to);
+            EmitColumn<S, T, 0>(copy, lanes, from, to);
         }
       }
       continue;
     }
     for (int64_t l = 0; l < lanes; ++l) {
-      for (int64_t m = 0; m < row.multiplier; ++m) {
-        S* values = to + (l * row.multiplier + m) * row.depth_step;
-        const T* lane = from + m * row.plane * kLanes<T> + l;
+      for (int64_t m = 0; m < copy.multiplier; ++m) {
+        S* values = to + (l * copy.multiplier + m) * copy.depth_step;
+        const T* lane = from + m * copy.plane * kLanes<T> + l;
         for (int64_t t = 0; t < columns; ++t) {
-          Convert(lane[t * kLanes<T>], values[t * row.column_step]);
+          Convert(lane[t * kLanes<T>], values[t * copy.column_step]);
         }
       }
     }

@@ -19,7 +19,7 @@ INLINE void Prefetch(const Source& source, int64_t columns, int64_t block) {
 
 // Taps that are summed at once, of one block of channels.
 template <typename T>
-struct Group {
+struct TapGroup {
   const char* reads[TAPS];
   T* sums[TAPS];
   int64_t begin, end;          // from the first to the last column of any
@@ -28,10 +28,10 @@ struct Group {
 };
 
 template <typename T, int kTaps>
-INLINE void CorrelateTaps(const Correlation& corr, const Group<T>& group, int64_t block) {
+INLINE void CorrelateTaps(const Correlation& corr, const TapGroup<T>& group, int64_t block) {
   using V = typename Vector<T>::type;
   constexpr int kStep = VECTOR_BYTES / sizeof(T);
-  const char* const dy = *corr.dy.rows + block * corr.dy.block_bytes;
+  const char* const dy = *corr.dy.rows + corr.dy.start_bytes + block * corr.dy.block_bytes;
   V sums[kTaps][kVectors] = {};
   const auto add = [&](int64_t t, auto check) __attribute__((always_inline)) {
     V u[kVectors];
@@ -57,7 +57,7 @@ INLINE void CorrelateTaps(const Correlation& corr, const Group<T>& group, int64_
 }
 
 template <typename T, int kTaps>
-void CorrelateSome(const Correlation& corr, const Group<T>& group, int64_t count, bool prefetch) {
+void CorrelateSome(const Correlation& corr, const TapGroup<T>& group, int64_t count, bool prefetch) {
   if constexpr (kTaps > 0) {
     if (count != kTaps) return CorrelateSome<T, kTaps - 1>(corr, group, count, prefetch);
     for (int64_t block = 0; block < corr.blocks; ++block) {
@@ -70,10 +70,10 @@ void CorrelateSome(const Correlation& corr, const Group<T>& group, int64_t count
   }
 }
 
-// The sums of kRows rows of the filter, over `groups` times kColumns columns. Each line is loaded once, for
-// all its taps; `lines` has a bit for each that is there, for each group.
+// The sums of kRows rows of the filter, over `segments` times kColumns columns. Each line is loaded once, for
+// all its taps; `lines` has a bit for each that is there, for each segment.
 template <typename T, typename F, int kRows, int kColumns>
-void CorrelateLines(const Correlation& corr, int64_t row, int64_t t, int64_t groups,
+void CorrelateLines(const Correlation& corr, int64_t row, int64_t t, int64_t segments,
                     const uint32_t* lines) {
   using V = typename Vector<T>::type;
   constexpr int kTaps = F::kTaps, kCount = kLines<F, kColumns>;
@@ -82,11 +82,12 @@ void CorrelateLines(const Correlation& corr, int64_t row, int64_t t, int64_t gro
       Prefetch(corr.in, corr.columns, block);
       Prefetch(corr.dy, corr.columns, block);
     }
-    const char* dy = *corr.dy.rows + block * corr.dy.block_bytes + t * corr.dy.column_bytes;
-    int64_t read_bytes =
-        corr.taps->read + block * corr.in.block_bytes + t * corr.in.column_bytes;
+    const char* dy = *corr.dy.rows + corr.dy.start_bytes + block * corr.dy.block_bytes +
+                     t * corr.dy.column_bytes;
+    int64_t read_bytes = corr.in.start_bytes + corr.taps->read + block * corr.in.block_bytes +
+                         t * corr.in.column_bytes;
     V sums[kRows][kTaps] = {};
-    for (int64_t g = 0; g < groups; ++g, read_bytes += kColumns * corr.in.column_bytes) {
+    for (int64_t s = 0; s < segments; ++s, read_bytes += kColumns * corr.in.column_bytes) {
       V u[kColumns];
       UNROLL for (int j = 0; j < kColumns; ++j, dy += corr.dy.column_bytes) {
         AS_POINTER(dy);
@@ -97,7 +98,7 @@ void CorrelateLines(const Correlation& corr, int64_t row, int64_t t, int64_t gro
         const char* read = corr.in.rows[row + i] + read_bytes;
         UNROLL for (int l = 0; l < kCount; ++l, read += corr.in.line_bytes) {
           AS_POINTER(read);
-          if (!(lines[g] >> l & 1)) continue;
+          if (!(lines[s] >> l & 1)) continue;
           V x = Load<T>(read);
           IN_REGISTER(x);
           UNROLL for (int k = 0; k < kTaps; ++k) {
@@ -109,8 +110,8 @@ void CorrelateLines(const Correlation& corr, int64_t row, int64_t t, int64_t gro
     }
     UNROLL for (int i = 0; i < kRows; ++i) {
       UNROLL for (int k = 0; k < kTaps; ++k) {
-        T* const sum = reinterpret_cast<T*>(corr.sums[row + i] + corr.taps[k].weight +
-                                            block * corr.sum_lines);
+        T* const sum = reinterpret_cast<T*>(corr.sums[row + i] + corr.sum_start +
+                                            corr.taps[k].weight + block * corr.sum_lines);
         *reinterpret_cast<V*>(sum) += sums[i][k];
       }
     }
@@ -120,7 +121,7 @@ void CorrelateLines(const Correlation& corr, int64_t row, int64_t t, int64_t gro
 // The template of numbers that are known when it runs.
 template <typename T, typename F, int kRows = kLineRows, int kColumns = COLUMNS, typename... Args>
 void CorrelateSomeLines(int64_t rows, int64_t columns, const Args&... args) {
-  // No group has less than half of the most columns.
+  // No segment has less than half of the most columns.
   if constexpr (kRows > 0 && 2 * kColumns >= COLUMNS) {
     if (rows != kRows) return CorrelateSomeLines<T, F, kRows - 1, kColumns>(rows, columns, args...);
     if (columns != kColumns) {
@@ -133,9 +134,9 @@ void CorrelateSomeLines(int64_t rows, int64_t columns, const Args&... args) {
 template <typename T, typename F>
 void CorrelateFilter(const Correlation& corr) {
   // Of two sizes, first the larger one.
-  const int64_t groups = (corr.columns + COLUMNS - 1) / COLUMNS;
-  const int64_t columns = (corr.columns + groups - 1) / groups;
-  const int64_t wide = corr.columns - (columns - 1) * groups;
+  const int64_t segments = (corr.columns + COLUMNS - 1) / COLUMNS;
+  const int64_t columns = (corr.columns + segments - 1) / segments;
+  const int64_t wide = corr.columns - (columns - 1) * segments;
   // The lines that are there, counted from the first that column 0 meets.
   int64_t begin = F::kStride * corr.columns + F::kTaps, end = 0;
   for (int64_t k = 0; k < F::kTaps; ++k) {
@@ -145,17 +146,17 @@ void CorrelateFilter(const Correlation& corr) {
     end = Max(end, F::kStride * (tap.end - 1) + k + 1);
   }
   uint32_t lines[kReductionColumns / COLUMNS + 1];
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t first = F::kStride * (g * columns - Max(g - wide, 0));
+  for (int64_t s = 0; s < segments; ++s) {
+    const int64_t first = F::kStride * (s * columns - Max(s - wide, 0));
     const auto below = [](int64_t line) { return (uint64_t{1} << Max(Min(line, 32), 0)) - 1; };
-    lines[g] = below(end - first) & ~below(begin - first);
+    lines[s] = below(end - first) & ~below(begin - first);
   }
   const int64_t rows = corr.in.row_count, parts = (rows + kLineRows - 1) / kLineRows;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t row = part * rows / parts, count = (part + 1) * rows / parts - row;
     CorrelateSomeLines<T, F>(count, columns, corr, row, int64_t{0}, wide, lines);
-    if (wide == groups) continue;
-    CorrelateSomeLines<T, F>(count, columns - 1, corr, row, wide * columns, groups - wide,
+    if (wide == segments) continue;
+    CorrelateSomeLines<T, F>(count, columns - 1, corr, row, wide * columns, segments - wide,
                              lines + wide);
   }
 }
@@ -169,13 +170,13 @@ void CorrelateGroups(const Correlation& corr) {
   for (int64_t g = 0; g < groups; ++g) {
     // Of even size.
     const int64_t count = (g + 1) * taps / groups - g * taps / groups;
-    Group<T> group;
+    TapGroup<T> group;
     group.begin = group.all_begin = tap->begin, group.end = group.all_end = tap->end;
     // First what changes from one column to the next, then what has come of it.
     for (int64_t t = 0; !corr.in.packed && t <= corr.columns; ++t) group.meet[t] = 0;
     for (int64_t i = 0; i < count; ++i) {
-      group.reads[i] = corr.in.rows[row] + tap->read;
-      group.sums[i] = reinterpret_cast<T*>(corr.sums[row] + tap->weight);
+      group.reads[i] = corr.in.rows[row] + corr.in.start_bytes + tap->read;
+      group.sums[i] = reinterpret_cast<T*>(corr.sums[row] + corr.sum_start + tap->weight);
       group.begin = Min(group.begin, tap->begin);
       group.end = Max(group.end, tap->end);
       group.all_begin = Max(group.all_begin, tap->begin);

@@ -6,15 +6,25 @@
 #include "vectors.h"
 
 namespace jax_dwbp {
+namespace {
+
+template <typename S>
+constexpr Kernels KernelsOf(int i) {
+  return {.lanes = kLanes<typename Compute<S>::type>,
+          .element_size = sizeof(S),
+          .channel_moves = &OF_INSTRUCTION_SET(ChannelMoves)[i],
+          .channel_lanes = &OF_INSTRUCTION_SET(ChannelKernels)[i],
+          .channel_sums = &OF_INSTRUCTION_SET(ChannelSums)[i],
+          .row_moves = &OF_INSTRUCTION_SET(RowMoves)[i],
+          .row_lanes = &OF_INSTRUCTION_SET(RowKernels)[i],
+          .row_sums = &OF_INSTRUCTION_SET(RowSums)[i]};
+}
+
+}  // namespace
 
 const Kernels& OF_INSTRUCTION_SET(Kernels)(Type type) {
-#define KERNELS(S, i)                                                                       \
-  {kLanes<Compute<S>::type>,               sizeof(S),                                       \
-   &OF_INSTRUCTION_SET(ChannelMoves)[i],   &OF_INSTRUCTION_SET(ChannelKernels)[i],          \
-   &OF_INSTRUCTION_SET(ChannelSums)[i],    &OF_INSTRUCTION_SET(RowMoves)[i],                \
-   &OF_INSTRUCTION_SET(RowKernels)[i],     &OF_INSTRUCTION_SET(RowSums)[i]}
-  static constexpr Kernels kTable[] = {KERNELS(Half, 0), KERNELS(Brain, 1), KERNELS(float, 2),
-                                       KERNELS(double, 3)};
+  static constexpr Kernels kTable[] = {KernelsOf<Half>(0), KernelsOf<Brain>(1), KernelsOf<float>(2),
+                                       KernelsOf<double>(3)};
   return kTable[static_cast<int>(type)];
 }
 
