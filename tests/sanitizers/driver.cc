@@ -346,7 +346,8 @@ class Calls {
   }
   // In the scratch that there is.
   void Random() {
-    Spec spec{Pick(1, 3), {Pick(1, 14), Pick(1, 40)}, Pick(1, 40), {Pick(1, 7), Pick(1, 9)}, Pick(1, 4)};
+    Spec spec{
+        Pick(1, 3), {Pick(1, 14), Pick(1, 40)}, Pick(1, 40), {Pick(1, 7), Pick(1, 9)}, Pick(1, 4)};
     for (int i = 0; i < 2; ++i) {
       spec.stride[i] = Pick(1, 4), spec.dilation[i] = Pick(1, 3);
       spec.low[i] = Pick(0, 8), spec.high[i] = Pick(0, 8);

@@ -46,8 +46,8 @@ struct Filter {
 template <typename F, int kColumns>
 constexpr int kLines = F::kStride * (kColumns - 1) + F::kTaps;
 
-// One tap after the other, or the other way round: packed, the last of a phase and the first of the next
-// may lie side by side too.
+// One tap after the other, or the other way round: packed, the last of a phase and the first of the
+// next may lie side by side too.
 INLINE bool AreAdjacent(const Source& in, const Tap* taps, int64_t count) {
   bool adjacent = true;
   for (int64_t i = 1; i < count; ++i) {

@@ -1,5 +1,5 @@
-// The vector code of the forward op and of the input gradient by channels. What vectors.h says of instruction
-// sets holds here too.
+// The vector code of the forward op and of the input gradient by channels. What vectors.h says of
+// instruction sets holds here too.
 
 #include "channel_filter.h"
 #include "kernels.h"
@@ -132,11 +132,12 @@ INLINE void AddSums(Sums<T, kRows, kColumns>& sums, const Sums<T, kRows, kColumn
   }
 }
 
-// What rows r = 0, 1, ... of the filter give; add(sums, r, first, last) adds one of them. Where the rows
-// are known there are few of them, and no branch.
+// What rows r = 0, 1, ... of the filter give; add(sums, r, first, last) adds one of them. Where the
+// rows are known there are few of them, and no branch.
 template <typename F, typename Result, int kBegin = 0, int kEnd = F::kAll, typename Add>
 INLINE Result SumKnownRows(const Add& add) {
-  constexpr int kChainRows = ChainRows(F::kTaps), kChains = (kEnd - kBegin + kChainRows - 1) / kChainRows;
+  constexpr int kChainRows = ChainRows(F::kTaps);
+  constexpr int kChains = (kEnd - kBegin + kChainRows - 1) / kChainRows;
   if constexpr (kChains > 1) {
     constexpr int kMiddle = kBegin + (kChains + 1) / 2 * kChainRows;
     Result sums = SumKnownRows<F, Result, kBegin, kMiddle>(add);
@@ -200,8 +201,7 @@ __attribute__((noinline)) void ConvolveSegment(const Convolution& convolution, c
     fetch.end += share * kColumns;
     const int64_t read_bytes = block * conv.in.block_bytes + first_byte;
     const int64_t weight_lines = conv.weight_start + block * conv.weight_lines;
-    const auto add = [&](Result& sums, int64_t r, int first, int last)
-                         __attribute__((always_inline)) {
+    const auto add = [&](Result& sums, int64_t r, int first, int last) __attribute__((always_inline)) {
       const T* weights[kRows];
       UNROLL for (int i = 0; i < kRows; ++i) {
         weights[i] = reinterpret_cast<const T*>(conv.weights[i][r] + weight_lines);
@@ -231,8 +231,7 @@ __attribute__((noinline)) void ConvolveSegment(const Convolution& convolution, c
         // What is written next, else each line of it would be waited for.
         __builtin_prefetch(out + kColumns * conv.column_bytes, 1);
         UNROLL for (int v = 0; v < kVectors; ++v) {
-          *reinterpret_cast<typename Vector<T>::unaligned*>(out + v * VECTOR_BYTES) =
-              sums.of[i][j][v];
+          *reinterpret_cast<typename Vector<T>::unaligned*>(out + v * VECTOR_BYTES) = sums.of[i][j][v];
         }
       }
     }
@@ -294,8 +293,8 @@ void ConvolveSome(const Convolution& conv, int64_t columns, int64_t t) {
 template <typename T, typename F, int kRows>
 void ConvolveSegments(const Convolution& conv) {
   // Of even size. Blocks of the same columns lie side by side in the result, so that it is written in
-  // one stream. What few taps read comes faster from memory where all blocks of some columns span little
-  // of it.
+  // one stream. What few taps read comes faster from memory where all blocks of some columns span
+  // little of it.
   const int64_t most = conv.columns > 2 * kMost<F> ? kFewer<F> : kMost<F>;
   const int64_t segments = (conv.columns + most - 1) / most;
   for (int64_t i = 0; i < segments; ++i) {
@@ -357,7 +356,7 @@ constexpr ChannelKernels kTable = {ROWS, Convolve<T>};
 
 }  // namespace
 
-const ChannelKernels OF_INSTRUCTION_SET(ChannelKernels)[4] = {kTable<float>, kTable<float>, kTable<float>,
-                                                              kTable<double>};
+const ChannelKernels OF_INSTRUCTION_SET(ChannelKernels)[4] = {kTable<float>, kTable<float>,
+                                                              kTable<float>, kTable<double>};
 
 }  // namespace jax_dwbp

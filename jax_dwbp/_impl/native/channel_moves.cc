@@ -1,5 +1,5 @@
-// What is packed to lines of channels and emitted from them. What vectors.h says of instruction sets holds
-// here too.
+// What is packed to lines of channels and emitted from them. What vectors.h says of instruction sets
+// holds here too.
 
 #include "kernels.h"
 #include "vectors.h"
@@ -79,8 +79,8 @@ INLINE void PackColumn(const ChannelCopy& copy, const S* from, Line* to) {
 
 // Where the columns of an array have their values side by side.
 template <typename S>
-INLINE void PackColumns(const ChannelCopy& copy, const PackedColumns& columns, int64_t phase, const Span* spans,
-                        int64_t count) {
+INLINE void PackColumns(const ChannelCopy& copy, const PackedColumns& columns, int64_t phase,
+                        const Span* spans, int64_t count) {
   using T = typename Compute<S>::type;
   const int64_t bytes = copy.channels * copy.multiplier * sizeof(S);
   int64_t last = 0;
@@ -118,7 +118,8 @@ INLINE void PackColumns(const ChannelCopy& copy, const PackedColumns& columns, i
 
 // Where the values of a channel lie side by side.
 template <typename S>
-INLINE void PackPlanes(const ChannelCopy& copy, const PackedColumns& columns, int64_t phase, const Span& span) {
+INLINE void PackPlanes(const ChannelCopy& copy, const PackedColumns& columns, int64_t phase,
+                       const Span& span) {
   using T = typename Compute<S>::type;
   const int64_t planes = (copy.channels + kLanes<T> - 1) / kLanes<T> * copy.multiplier;
   const int64_t column = columns.stride * (columns.first + span.begin) + columns.phases[phase];

@@ -1,4 +1,5 @@
-// The vector code of filter gradients by channels. What vectors.h says of instruction sets holds here too.
+// The vector code of filter gradients by channels. What vectors.h says of instruction sets holds here
+// too.
 
 #include "channel_filter.h"
 #include "kernels.h"
@@ -7,7 +8,7 @@
 namespace jax_dwbp {
 namespace {
 
-// Rows of the filter whose sums over columns are held in registers, where lines are loaded once for them.
+// Rows of the filter whose sums over columns are held in registers: lines are loaded once for them.
 constexpr int kLineRows = 3;
 
 // All that a block reads next.
@@ -24,7 +25,8 @@ struct TapGroup {
   T* sums[TAPS];
   int64_t begin, end;          // from the first to the last column of any
   int64_t all_begin, all_end;  // the columns of all, or of what is packed
-  uint32_t meet[kReductionColumns + 1];  // a bit for each tap that meets the column
+  // For each column a bit for each tap that meets it.
+  uint32_t meet[kReductionColumns + 1];
 };
 
 template <typename T, int kTaps>
@@ -52,7 +54,7 @@ INLINE void CorrelateTaps(const Correlation& corr, const TapGroup<T>& group, int
   for (; t < group.end; ++t) add(t, Index<1>());
   UNROLL for (int i = 0; i < kTaps; ++i) {
     T* const sum = group.sums[i] + block * corr.sum_lines * kLanes<T>;
-    UNROLL for (int v = 0; v < kVectors; ++v) *reinterpret_cast<V*>(sum + v * kStep) += sums[i][v];
+    UNROLL for (int v = 0; v < kVectors; ++v) { *reinterpret_cast<V*>(sum + v * kStep) += sums[i][v]; }
   }
 }
 
@@ -70,8 +72,8 @@ void CorrelateSome(const Correlation& corr, const TapGroup<T>& group, int64_t co
   }
 }
 
-// The sums of kRows rows of the filter, over `segments` times kColumns columns. Each line is loaded once, for
-// all its taps; `lines` has a bit for each that is there, for each segment.
+// The sums of kRows rows of the filter, over `segments` times kColumns columns. Each line is loaded
+// once, for all its taps; `lines` has a bit for each that is there, for each segment.
 template <typename T, typename F, int kRows, int kColumns>
 void CorrelateLines(const Correlation& corr, int64_t row, int64_t t, int64_t segments,
                     const uint32_t* lines) {
@@ -82,10 +84,10 @@ void CorrelateLines(const Correlation& corr, int64_t row, int64_t t, int64_t seg
       Prefetch(corr.in, corr.columns, block);
       Prefetch(corr.dy, corr.columns, block);
     }
-    const char* dy = *corr.dy.rows + corr.dy.start_bytes + block * corr.dy.block_bytes +
-                     t * corr.dy.column_bytes;
-    int64_t read_bytes = corr.in.start_bytes + corr.taps->read + block * corr.in.block_bytes +
-                         t * corr.in.column_bytes;
+    const char* dy =
+        *corr.dy.rows + corr.dy.start_bytes + block * corr.dy.block_bytes + t * corr.dy.column_bytes;
+    int64_t read_bytes =
+        corr.in.start_bytes + corr.taps->read + block * corr.in.block_bytes + t * corr.in.column_bytes;
     V sums[kRows][kTaps] = {};
     for (int64_t s = 0; s < segments; ++s, read_bytes += kColumns * corr.in.column_bytes) {
       V u[kColumns];
@@ -110,8 +112,8 @@ void CorrelateLines(const Correlation& corr, int64_t row, int64_t t, int64_t seg
     }
     UNROLL for (int i = 0; i < kRows; ++i) {
       UNROLL for (int k = 0; k < kTaps; ++k) {
-        T* const sum = reinterpret_cast<T*>(corr.sums[row + i] + corr.sum_start +
-                                            corr.taps[k].weight + block * corr.sum_lines);
+        T* const sum = reinterpret_cast<T*>(corr.sums[row + i] + corr.sum_start + corr.taps[k].weight +
+                                            block * corr.sum_lines);
         *reinterpret_cast<V*>(sum) += sums[i][k];
       }
     }

@@ -36,7 +36,6 @@ constexpr int64_t kSmall = 1 << 14;
 // How often the calling thread looks whether the others are done, before it sleeps.
 constexpr int kSpins = 200;
 
-
 struct Sizes {
   int64_t problems, batch, channels, multiplier, kernel_rows, kernel_columns;
 };
@@ -66,7 +65,7 @@ struct Scratch {
   std::vector<const char*> rows;
   std::vector<const Line*> weights[2];
   std::vector<Line*> sums;
-  int64_t filter = -1;  // whose weights are packed
+  int64_t filter = -1;          // whose weights are packed
   std::vector<Tap> taps;        // of each phase, one phase after the other
   std::vector<int64_t> starts;  // of the phases, and the end
   int64_t tile = -1;            // whose taps they are

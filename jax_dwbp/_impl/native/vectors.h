@@ -1,9 +1,9 @@
-// Vectors and data types, of whichever instruction set this is compiled for, in the vector types of GCC and
-// Clang.
+// Vectors and data types, of whichever instruction set this is compiled for, in the vector types of GCC
+// and Clang.
 //
-// The files that include this are compiled for several instruction sets and linked to one library. So all but
-// their tables has internal linkage, in headers too: the linker must not take a function for a baseline CPU
-// from the AVX-512 object.
+// The files that include this are compiled for several instruction sets and linked to one library. So
+// all but their tables has internal linkage, in headers too: the linker must not take a function for a
+// baseline CPU from the AVX-512 object.
 
 #ifndef JAX_DWBP_VECTORS_H_
 #define JAX_DWBP_VECTORS_H_
@@ -17,8 +17,8 @@
 
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 32")
-// Keeps a value that is used twice in a register; else it is loaded twice. IN_ORDER also keeps the order
-// of such values.
+// Keeps a value that is used twice in a register; else it is loaded twice. IN_ORDER also keeps the
+// order of such values.
 #if defined(__aarch64__)
 #define IN_REGISTER(v) asm("" : "+w"(v))
 #define IN_ORDER(v) asm volatile("" : "+w"(v))
@@ -50,8 +50,8 @@ constexpr int64_t kLanes = 64 / sizeof(T);
 
 // A running sum has about kChain products: two rows of the filter at least, or one of kLongRow taps or
 // more. Such sums are added pairwise, so that a rounding error grows with the logarithm of the filter's
-// size. By single rows, filters of 5 to 15 columns would take 1.1 to 1.2 times as long, for a mean error
-// of 0.55 instead of 0.61 half ulps; what adds up 7x7 products in one chain has 1.3.
+// size. By single rows, filters of 5 to 15 columns would take 1.1 to 1.2 times as long, for a mean
+// error of 0.55 instead of 0.61 half ulps; what adds up 7x7 products in one chain has 1.3.
 constexpr int64_t kChain = 7;
 constexpr int64_t kLongRow = 16;
 // Levels of pairs, for up to 2**24 rows: more than the scratch that is allowed has lines.
@@ -155,8 +155,8 @@ INLINE Floats Widen(HalfWords half, Half) {
   const Words normal = (magnitude << 13) + exponent;
   const Floats subnormal =
       __builtin_convertvector(reinterpret_cast<Integers>(magnitude), Floats) * 0x1p-24f;
-  return reinterpret_cast<Floats>(
-      sign | (magnitude < 0x400 ? reinterpret_cast<Words>(subnormal) : normal));
+  return reinterpret_cast<Floats>(sign |
+                                  (magnitude < 0x400 ? reinterpret_cast<Words>(subnormal) : normal));
 #endif
 }
 
@@ -298,9 +298,7 @@ INLINE void StoreLine(const typename Vector<T>::type (&line)[kVectors], int64_t 
 }
 
 // The rows of some taps that make a running sum.
-INLINE constexpr int64_t ChainRows(int64_t taps) {
-  return Max(kChain / taps, taps < kLongRow ? 2 : 1);
-}
+INLINE constexpr int64_t ChainRows(int64_t taps) { return Max(kChain / taps, taps < kLongRow ? 2 : 1); }
 
 template <int i>
 struct Index {
