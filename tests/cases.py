@@ -19,9 +19,9 @@ import reference
 from jax.core import Tracer
 
 import jax_dwbp
-from jax_dwbp import bench
 from jax_dwbp._impl import interpret
 from jax_dwbp._spec import FORWARD, Arguments, canonicalize
+from jax_dwbp.bench import layers
 
 OPS = ("forward", "input_grad", "filter_grad")
 # native_cpu is there if it could be compiled where the package was installed.
@@ -312,5 +312,5 @@ LAYERS = tuple(
         (layer.stride, layer.stride),
         layer.padding,
     )
-    for layer in bench.LAYERS
+    for layer in layers.LAYERS
 )

@@ -17,16 +17,19 @@ import pytest
 from cases import DEFAULT_ON_CPU, DTYPES, IMPLEMENTATIONS
 
 from jax_dwbp import _select, bench
+from jax_dwbp.bench import command, contestants, layers, tables, timing
 
-LAYERS = bench.LAYERS
+LAYERS = layers.LAYERS
 TINY = (
-    bench.Layer("plain", 5, 6, 3, 1, (3, 3), 1, ((1, 1), (1, 1))),
-    bench.Layer("strided", 8, 7, 2, 1, (5, 5), 2, ((2, 2), (2, 2))),
-    bench.Layer("multiplied", 5, 6, 3, 2, (3, 3), 1, ((1, 1), (1, 1))),
-    bench.Layer("causal", 1, 12, 3, 1, (1, 4), 1, ((0, 0), (3, 0))),
+    layers.Layer("plain", 5, 6, 3, 1, (3, 3), 1, ((1, 1), (1, 1))),
+    layers.Layer("strided", 8, 7, 2, 1, (5, 5), 2, ((2, 2), (2, 2))),
+    layers.Layer("multiplied", 5, 6, 3, 2, (3, 3), 1, ((1, 1), (1, 1))),
+    layers.Layer("causal", 1, 12, 3, 1, (1, 4), 1, ((0, 0), (3, 0))),
 )
 # A skip would be taken for a test that is missing: PyTorch is not among what the tests need.
-PEERS = [name for name, (package, _) in bench._PEERS.items() if importlib.util.find_spec(package)]
+PEERS = [
+    name for name, (package, _) in contestants.PEERS.items() if importlib.util.find_spec(package)
+]
 
 needs_matplotlib = pytest.mark.skipif(
     not importlib.util.find_spec("matplotlib"), reason="needs matplotlib"
@@ -37,8 +40,8 @@ needs_matplotlib = pytest.mark.skipif(
 def tiny(tmp_path, monkeypatch):
     """Layers that cost no time, a rate that costs none, and a directory for files."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "LAYERS", TINY)
-    monkeypatch.setattr(bench, "_fma_rate", lambda: 1e11)
+    monkeypatch.setattr(layers, "LAYERS", TINY)
+    monkeypatch.setattr(timing, "fma_rate", lambda: 1e11)
 
 
 def run(*arguments):
@@ -53,23 +56,23 @@ def figures():
 def test_layers():
     assert len({layer.name for layer in LAYERS}) == len(LAYERS)
     for layer in LAYERS:
-        problem = bench._Problem(layer, "forward", 1, "float32")
+        task = layers.Task(layer, "forward", 1, "float32")
         sizes = (layer.height, layer.width)
-        assert problem.output == tuple(-(-size // layer.stride) for size in sizes)
+        assert task.output == tuple(-(-size // layer.stride) for size in sizes)
         assert all(low >= high for low, high in layer.padding)
     [strided] = [layer for layer in LAYERS if layer.name == "efficientnet-b0 56x56x144 k5 s2"]
-    assert strided == bench.Layer(strided.name, 56, 56, 144, 1, (5, 5), 2, ((2, 2), (2, 2)))
+    assert strided == layers.Layer(strided.name, 56, 56, 144, 1, (5, 5), 2, ((2, 2), (2, 2)))
 
 
 def test_figures(capsys):
-    ops, layers = ("filter_grad", "step"), ("plain", "causal")
+    ops, names = ("filter_grad", "step"), ("plain", "causal")
     assert run("--batch=1,2", "--ops=filter_grad,step", "--filter=n$|sal", "--json=speed.json") == 0
     found = figures()
     assert found["meta"]["mismatches"] == []
     assert found["meta"]["versions"]["jax"] == jax.__version__
-    contestants = ("default", *IMPLEMENTATIONS, "copy")
+    contenders = ("default", *IMPLEMENTATIONS, "copy")
     assert sorted((r["op"], r["batch"], r["layer"], r["contestant"]) for r in found["rows"]) == (
-        sorted(itertools.product(ops, (1, 2), layers, contestants))
+        sorted(itertools.product(ops, (1, 2), names, contenders))
     )
     for row in found["rows"]:
         assert row["dtype"] == "float32"
@@ -115,8 +118,8 @@ def test_peers(peer, capsys):
     arguments = (f"--peers={peer}", "--implementations=lax", "--batch=2", "--json=speed.json")
     assert run(*arguments) == 0
     timed = [(row["op"], row["layer"]) for row in figures()["rows"] if row["contestant"] == peer]
-    assert timed == [(op, layer.name) for op in bench.OPS for layer in TINY]
-    assert capsys.readouterr().out.count("\nbest peer / lax: ") == len(bench.OPS)
+    assert timed == [(op, layer.name) for op in layers.OPS for layer in TINY]
+    assert capsys.readouterr().out.count("\nbest peer / lax: ") == len(layers.OPS)
 
 
 @pytest.mark.parametrize("peer", PEERS)
@@ -131,16 +134,16 @@ def test_peers_in_float64(peer):
 )
 def test_no_peers(backend, dtype, capsys, monkeypatch):
     """On accelerators, and in the types that they would sum in."""
-    monkeypatch.setitem(bench._PEERS, "peer", ("json", bench._tensorflow))
+    monkeypatch.setitem(contestants.PEERS, "peer", ("json", contestants.tensorflow))
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert bench._peers(["peer"], dtype) == []
+    assert command._peers(["peer"], dtype) == []
     expected = "without peer: they take part on a CPU in float32 and float64\n"
     assert capsys.readouterr().err == expected
 
 
 def test_implementation_that_can_not_run(capsys, monkeypatch):
-    wide = bench.Layer("wide", 1, 80, 2, 1, (2, 64), 1, ((1, 0), (63, 0)))
-    monkeypatch.setattr(bench, "LAYERS", (wide,))
+    wide = layers.Layer("wide", 1, 80, 2, 1, (2, 64), 1, ((1, 0), (63, 0)))
+    monkeypatch.setattr(layers, "LAYERS", (wide,))
     assert run("--ops=forward", "--implementations=xla_taps,lax") == 0
     out, err = capsys.readouterr()
     assert "  without xla_taps: " in err and "at most 63 columns, got 64" in err
@@ -157,13 +160,13 @@ def test_blocks(monkeypatch):
             time.sleep(seconds)
             return [np.zeros((2, 5, 6, 3), np.float32)]
 
-        return lambda *args: bench._Contestant(name, call, list)
+        return lambda *args: contestants.Contestant(name, call, list)
 
-    monkeypatch.setattr(bench._Problem, "check", lambda *args: None)
+    monkeypatch.setattr(layers.Task, "check", lambda *args: None)
     peers = {name: ("json", peer(name, s)) for name, s in (("slow", 0.5), ("fast", 0.001))}
-    monkeypatch.setattr(bench, "_PEERS", peers)
-    problem = bench._Problem(TINY[0], "forward", 2, "float32")
-    rows = bench._measure(problem, ["default"], ["slow", "fast"], blocks=9, seconds=0.02)
+    monkeypatch.setattr(timing, "PEERS", peers)
+    task = layers.Task(TINY[0], "forward", 2, "float32")
+    rows = timing.measure(task, ["default"], ["slow", "fast"], blocks=9, seconds=0.02)
     timed = {row["contestant"]: row["calls"] for row in rows}
     assert timed["slow"] == 4  # until 2 seconds are spent
     assert timed["fast"] >= 9
@@ -174,16 +177,16 @@ def test_blocks(monkeypatch):
 
 def test_ratio_is_that_of_the_best_peer():
     cells = {name: {"median": median} for name, median in (("us", 2.0), ("a", 8.0), ("b", 3.0))}
-    assert bench._ratio(cells, ["a", "b", "missing"], "us") == 1.5
-    assert bench._ratio(cells, ["missing"], "us") is bench._ratio(cells, ["a"], "missing") is None
+    assert tables._ratio(cells, ["a", "b", "missing"], "us") == 1.5
+    assert tables._ratio(cells, ["missing"], "us") is tables._ratio(cells, ["a"], "missing") is None
 
 
 def test_copy_moves_as_many_bytes_as_the_op(monkeypatch):
     """It reads half of them and writes half."""
     sizes = []
     monkeypatch.setattr(jax.numpy, "ones", lambda size, dtype: sizes.append(size) or np.ones(size))
-    problem = bench._Problem(TINY[0], "forward", 2, "float32")
-    bench._measure(problem, ["lax"], [], blocks=1, seconds=0)
+    task = layers.Task(TINY[0], "forward", 2, "float32")
+    timing.measure(task, ["lax"], [], blocks=1, seconds=0)
     # Two images of 5x6x3 that are read and written, and 3x3x3 taps.
     assert sizes == [(90 * 2 + 90 * 2 + 27) // 2]
 
@@ -227,7 +230,7 @@ def test_wrong_result(wrong, capsys):
 
 @pytest.mark.parametrize("wrong", ("value",), indirect=True)
 def test_wrong_result_is_not_timed(wrong, monkeypatch):
-    monkeypatch.setattr(bench, "_consecutive", lambda *args: pytest.fail("timed"))
+    monkeypatch.setattr(timing, "consecutive", lambda *args: pytest.fail("timed"))
     assert run("--filter=plain", "--ops=step", "--json=speed.json") == 1
     assert figures()["rows"] == []
 
@@ -240,11 +243,11 @@ def test_wrong_result_is_not_plotted(wrong):
 
 
 def test_wrong_shape():
-    problem = bench._Problem(TINY[0], "forward", 2, "float32")
+    task = layers.Task(TINY[0], "forward", 2, "float32")
     want = [np.zeros((2, 5, 6, 3), np.float32)]
-    problem.check("same", want, "reference", want)
-    with pytest.raises(bench._Mismatch, match="wrong - reference is inf of what is allowed"):
-        problem.check("wrong", [want[0][:1]], "reference", want)
+    task.check("same", want, "reference", want)
+    with pytest.raises(layers.Mismatch, match="wrong - reference is inf of what is allowed"):
+        task.check("wrong", [want[0][:1]], "reference", want)
 
 
 # ---- Files.
@@ -278,8 +281,8 @@ def show(*arguments):
 
 def test_read(saved, capsys, monkeypatch):
     """The figures of a file are reported as when they were measured."""
-    monkeypatch.setattr(bench, "_measure", lambda *args: pytest.fail("measured"))
-    monkeypatch.setattr(bench, "_fma_rate", lambda: pytest.fail("measured"))
+    monkeypatch.setattr(timing, "measure", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(timing, "fma_rate", lambda: pytest.fail("measured"))
     assert show("--json=again.json") == 0
     assert capsys.readouterr() == (saved, "")
     assert figures() == json.loads(Path("again.json").read_text())
@@ -408,7 +411,7 @@ ERRORS = {
 def test_error(argument, message, capsys, monkeypatch):
     for package in ("matplotlib", "torch"):
         monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(bench, "_measure", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(timing, "measure", lambda *args: pytest.fail("measured"))
     assert run(argument) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -427,7 +430,7 @@ def test_no_memory(capsys, monkeypatch):
     def no_memory(*args):
         raise MemoryError("Unable to allocate 1.2 TiB")
 
-    monkeypatch.setattr(bench._Problem, "operands", no_memory)
+    monkeypatch.setattr(layers.Task, "operands", no_memory)
     assert run() == 2
     assert capsys.readouterr().err.endswith("jax_dwbp.bench: Unable to allocate 1.2 TiB\n")
 

@@ -14,7 +14,11 @@ from jax_dwbp import _version
 PACKAGE = Path(jax_dwbp.__file__).parent
 # A module imports from the rows below its own, and those of the first row from each other too.
 LAYERS = (
-    ("__init__", "__main__", "bench", "tf2jax", "_api", "_conv_general_dilated", "_command_line"),
+    (
+        *("__init__", "__main__", "tf2jax", "_api", "_conv_general_dilated", "_command_line"),
+        *("bench.__init__", "bench.__main__", "bench.command", "bench.tables", "bench.timing"),
+        *("bench.contestants", "bench.layers"),
+    ),
     ("_rules",),
     ("_partition",),
     ("_select",),

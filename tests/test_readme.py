@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from jax_dwbp import bench
+from jax_dwbp.bench import tables
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -41,7 +41,7 @@ def test_speeds():
     for name, times in medians.items():
         columns = [times["input_grad", run] for run in ("native_cpu", "xla_taps", "lax", PEERS[0])]
         columns.append(min(times["input_grad", run] for run in PEERS[1:]))
-        shown = [bench._number(1e3 * seconds) for seconds in columns]
+        shown = [tables.number(1e3 * seconds) for seconds in columns]
         ops = ("input_grad", "forward", "filter_grad", "step")
         gains.append([min(times[op, run] for run in PEERS) / times[op, "native_cpu"] for op in ops])
         shown += [f"{gain:.2f}" if gain < 10 else f"{gain:.0f}" for gain in gains[-1]]

@@ -48,8 +48,9 @@ import numpy as np
 from absl import flags
 
 from figures import cuda, ptx, sass, workers
-from jax_dwbp import _command_line, bench
+from jax_dwbp import _command_line
 from jax_dwbp._spec import FORWARD, OPS, Arguments, ConvSpec, canonicalize
+from jax_dwbp.bench import layers
 
 _Row = dict[str, Any]  # the figures of one kernel on one target, for --json
 _BATCH = 32
@@ -63,7 +64,7 @@ _TIMEOUT = 900  # seconds
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    layer: bench.Layer
+    layer: layers.Layer
     dtype: str
 
     @property
@@ -90,10 +91,10 @@ class Case:
         return {5: 1.3, 7: 1.5}.get(size) if self.dtype == "float32" else None
 
 
-def _layer(kernel: int, stride: int = 1, multiplier: int = 1) -> bench.Layer:
+def _layer(kernel: int, stride: int = 1, multiplier: int = 1) -> layers.Layer:
     name = f"56x56x144 k{kernel} s{stride}" + f" m{multiplier}" * (multiplier > 1)
     pads = (kernel // 2, kernel // 2)
-    return bench.Layer(name, 56, 56, 144, multiplier, (kernel, kernel), stride, (pads, pads))
+    return layers.Layer(name, 56, 56, 144, multiplier, (kernel, kernel), stride, (pads, pads))
 
 
 _NETWORKS = ("mobilenetv2 7x7x960", "mamba", "odd")
@@ -103,7 +104,7 @@ CASES = (
     Case(_layer(3, multiplier=2), "float32"),
     Case(_layer(13), "float32"),
     Case(_layer(31), "float32"),
-    *(Case(layer, "float32") for layer in bench.LAYERS if layer.name.startswith(_NETWORKS)),
+    *(Case(layer, "float32") for layer in layers.LAYERS if layer.name.startswith(_NETWORKS)),
 )
 
 

@@ -34,11 +34,20 @@ FAULTS = [
         ("os.path.dirname(os.path.realpath(path))", "os.path.dirname(path)", BENCH_ERRORS),
     ),
     *faults(
-        "bench.py",
+        "bench/layers.py",
         ("if not worst <= 1:", "if worst > 1:", BENCH),
+    ),
+    *faults(
+        "bench/timing.py",
         ("sum(taken) < _PATIENCE * seconds", "sum(taken) < _SLOW * seconds", BENCH),
+        ("task.bytes // 2 //", "task.bytes //", BENCH),
+    ),
+    *faults(
+        "bench/tables.py",
         ("min(medians) / cells", "max(medians) / cells", BENCH),
+    ),
+    *faults(
+        "bench/command.py",
         ("bits < 32", Operator("Lt_LtE"), BENCH_PEERS),
-        ("problem.bytes // 2 //", "problem.bytes //", BENCH),
     ),
 ]
