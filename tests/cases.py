@@ -312,5 +312,5 @@ LAYERS = tuple(
         (layer.stride, layer.stride),
         layer.padding,
     )
-    for layer in layers.LAYERS
+    for layer in layers.GROUPS["networks"]
 )

@@ -17,19 +17,31 @@ import pytest
 from cases import DEFAULT_ON_CPU, DTYPES, IMPLEMENTATIONS
 
 from jax_dwbp import _select, bench
-from jax_dwbp.bench import command, contestants, layers, tables, timing
+from jax_dwbp.bench import command, contestants, layers, peers, tables, timing
 
-LAYERS = layers.LAYERS
+GROUPS = dict(layers.GROUPS)
+ALIKE = ((1, 1), (1, 1))
 TINY = (
-    layers.Layer("plain", 5, 6, 3, 1, (3, 3), 1, ((1, 1), (1, 1))),
+    layers.Layer("plain", 5, 6, 3, 1, (3, 3), 1, ALIKE),
     layers.Layer("strided", 8, 7, 2, 1, (5, 5), 2, ((2, 2), (2, 2))),
-    layers.Layer("multiplied", 5, 6, 3, 2, (3, 3), 1, ((1, 1), (1, 1))),
+    layers.Layer("multiplied", 5, 6, 3, 2, (3, 3), 1, ALIKE),
     layers.Layer("causal", 1, 12, 3, 1, (1, 4), 1, ((0, 0), (3, 0))),
 )
-# A skip would be taken for a test that is missing: PyTorch is not among what the tests need.
-PEERS = [
-    name for name, (package, _) in contestants.PEERS.items() if importlib.util.find_spec(package)
-]
+PLANE = layers.Layer("plane", 5, 6, 1, 1, (3, 3), 1, ALIKE, batch=2)
+FIRST = layers.Layer("first", 8, 7, 2, 2, (5, 5), 2, ((2, 2), (2, 2)), 1, data_format="NCHW")
+HALVES = layers.Layer("halves", 5, 6, 3, 1, (3, 3), 1, ALIKE, 2, ("bfloat16", "float16"))
+DOUBLE = layers.Layer("double", 5, 6, 1, 1, (3, 3), 1, ALIKE, 1, ("float64",))
+MANY = layers.Layer("many", 5, 6, 2, 2, (3, 3), 1, ALIKE, batch=1, problems=3)
+TINY_GROUPS = {
+    "networks": TINY,
+    "pictures": (PLANE,),
+    "nchw": (FIRST,),
+    "half": (HALVES,),
+    "double": (DOUBLE,),
+    "problems": (MANY,),
+}
+# A skip would be taken for a test that is missing: the tests need no peer but TensorFlow.
+PEERS = [name for name, peer in peers.PEERS.items() if not peer.missing]
 
 needs_matplotlib = pytest.mark.skipif(
     not importlib.util.find_spec("matplotlib"), reason="needs matplotlib"
@@ -38,10 +50,12 @@ needs_matplotlib = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def tiny(tmp_path, monkeypatch):
-    """Layers that cost no time, a rate that costs none, and a directory for files."""
+    """Layers that cost no time, a rate that costs none, no load, and a directory for files."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(layers, "LAYERS", TINY)
+    for name, group in TINY_GROUPS.items():
+        monkeypatch.setitem(layers.GROUPS, name, group)
     monkeypatch.setattr(timing, "fma_rate", lambda: 1e11)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
 
 
 def run(*arguments):
@@ -54,13 +68,14 @@ def figures():
 
 
 def test_layers():
-    assert len({layer.name for layer in LAYERS}) == len(LAYERS)
-    for layer in LAYERS:
+    every = sum(GROUPS.values(), ())
+    assert len({layer.name for layer in every}) == len(every)
+    for layer in every:
         task = layers.Task(layer, "forward", 1, "float32")
         sizes = (layer.height, layer.width)
         assert task.output == tuple(-(-size // layer.stride) for size in sizes)
         assert all(low >= high for low, high in layer.padding)
-    [strided] = [layer for layer in LAYERS if layer.name == "efficientnet-b0 56x56x144 k5 s2"]
+    [strided] = [layer for layer in every if layer.name == "efficientnet-b0 56x56x144 k5 s2"]
     assert strided == layers.Layer(strided.name, 56, 56, 144, 1, (5, 5), 2, ((2, 2), (2, 2)))
 
 
@@ -93,7 +108,9 @@ def test_figures(capsys):
     assert [len(row) for row in tables] == [len(IMPLEMENTATIONS) + 6] * 4 + [
         len(IMPLEMENTATIONS) + 5
     ] * 4
-    assert len(re.findall(r"\nlax / default: [\d.]+, the geometric mean of 2\n", out)) == 4
+    assert (
+        len(re.findall(r"\nlax / default: [\d.]+, the geometric mean of 2; the least ", out)) == 4
+    )
     assert "best peer / default: " not in out
 
 
@@ -112,38 +129,149 @@ def test_dtypes(dtype):
     assert {row["dtype"] for row in figures()["rows"]} == {dtype}
 
 
+def test_groups(capsys):
+    """A layer has its batch size, dtypes, layout and problems, and a table tells the first two."""
+    arguments = ("--groups=nchw,half,double,problems", "--ops=forward", "--json=speed.json")
+    assert run("--implementations=lax", *arguments) == 0
+    rows = [row for row in figures()["rows"] if row["contestant"] == "lax"]
+    keys = ("layer", "batch", "dtype", "bytes")
+    assert [tuple(row[key] for key in keys) for row in rows] == [
+        # x, f and y: 8x7x2, 5x5x2x2 and 4x4x4, and so on.
+        ("first", 1, "float32", 4 * (112 + 100 + 64)),
+        ("halves", 2, "bfloat16", 2 * (180 + 27 + 180)),
+        ("halves", 2, "float16", 2 * (180 + 27 + 180)),
+        ("double", 1, "float64", 8 * (30 + 9 + 30)),
+        ("many", 1, "float32", 3 * 4 * (60 + 36 + 120)),
+    ]
+    out = capsys.readouterr().out
+    titles = re.findall("^### (.*), in milliseconds$", out, re.MULTILINE)
+    assert titles == [f"{group}, forward" for group in ("nchw", "half", "double", "problems")]
+    for label in ("first, batch 1", "halves, batch 2, bfloat16", "double, batch 1, float64"):
+        assert out.count(f"\n| {label} | ") == 2  # of times, and of compilation
+
+
+def test_own_settings_are_replaced():
+    """Once for all dtypes that a layer has."""
+    arguments = ("--groups=half,pictures", "--ops=forward", "--batch=3", "--dtype=float64")
+    assert run("--implementations=lax", "--json=speed.json", *arguments) == 0
+    rows = [(r["layer"], r["batch"], r["dtype"]) for r in figures()["rows"] if "runs" in r]
+    assert rows == [("halves", 3, "float64"), ("plane", 3, "float64")]
+
+
+def test_folded():
+    """Channels are those of all problems, in NHWC."""
+    layer = dataclasses.replace(FIRST, problems=3, batch=2)
+    task = layers.Task(layer, "step", 2, "float32")
+    x, f, dy = operands = task.operands()
+    assert [operand.shape for operand in operands] == [
+        *((3, 2, 2, 8, 7), (3, 5, 5, 2, 2), (3, 2, 4, 4, 4)),
+    ]
+    folded_x, folded_f, folded_dy = task.folded_operands(operands)
+    for problem in range(3):
+        for c in range(2):
+            np.testing.assert_array_equal(folded_x[..., 2 * problem + c], x[problem, :, c])
+            np.testing.assert_array_equal(folded_f[:, :, 2 * problem + c], f[problem, :, :, c])
+        for c in range(4):
+            np.testing.assert_array_equal(folded_dy[..., 4 * problem + c], dy[problem, :, c])
+    for result, expected in zip(
+        task.folded_results([dy, x, f]), (folded_dy, folded_x, folded_f), strict=True
+    ):
+        np.testing.assert_array_equal(result, expected)
+
+
+# ---- Peers.
+
+
+def computed(peer, groups, ops):
+    """The names of the layers, by op, that a peer does not lack."""
+    return [
+        (op, layer.name)
+        for group in groups
+        for op in ops
+        for layer in layers.GROUPS[group]
+        if not peers.PEERS[peer].lacks(layers.Task(layer, op, 2, layer.dtypes[0]))
+    ]
+
+
 @pytest.mark.parametrize("peer", PEERS)
 def test_peers(peer, capsys):
     """That they compute the same, which the benchmark checks."""
     arguments = (f"--peers={peer}", "--implementations=lax", "--batch=2", "--json=speed.json")
     assert run(*arguments) == 0
     timed = [(row["op"], row["layer"]) for row in figures()["rows"] if row["contestant"] == peer]
-    assert timed == [(op, layer.name) for op in layers.OPS for layer in TINY]
-    assert capsys.readouterr().out.count("\nbest peer / lax: ") == len(layers.OPS)
+    assert timed == computed(peer, ["networks"], layers.OPS)
+    assert capsys.readouterr().out.count("\nbest peer / lax: ") == len({op for op, _ in timed})
 
 
 @pytest.mark.parametrize("peer", PEERS)
-def test_peers_in_float64(peer):
-    arguments = ("--filter=plain", "--ops=step", "--dtype=float64", "--json=speed.json")
+def test_peers_in_other_groups(peer):
+    groups, ops = ["pictures", "nchw", "double", "problems"], ["input_grad", "filter_grad"]
+    arguments = (f"--groups={','.join(groups)}", f"--ops={','.join(ops)}", "--json=speed.json")
     assert run(f"--peers={peer}", "--implementations=lax", *arguments) == 0
-    assert [row["contestant"] for row in figures()["rows"]] == ["lax", peer, "copy"]
+    timed = [(row["op"], row["layer"]) for row in figures()["rows"] if row["contestant"] == peer]
+    assert timed == computed(peer, groups, ops)
 
 
 @pytest.mark.parametrize(
-    "backend, dtype", (("tpu", "float32"), ("cpu", "float16"), ("cpu", "bfloat16"))
+    "options, layer, reason",
+    (
+        ({}, FIRST, None),
+        ({"ops": ("step",)}, PLANE, "it computes step, not forward"),
+        ({"dtypes": ("float64", "float16")}, PLANE, "it computes float64, float16, not float32"),
+        ({"data_formats": ("NHWC",)}, FIRST, "it computes NHWC, not NCHW"),
+        ({"planes": True}, PLANE, None),
+        ({"planes": True}, TINY[0], "it filters one channel to a result of the same size"),
+        (
+            {"planes": True},
+            dataclasses.replace(PLANE, padding=((0, 0), (0, 0))),
+            "it filters one channel to a result of the same size",
+        ),
+    ),
 )
-def test_no_peers(backend, dtype, capsys, monkeypatch):
-    """On accelerators, and in the types that they would sum in."""
-    monkeypatch.setitem(contestants.PEERS, "peer", ("json", contestants.tensorflow))
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert command._peers(["peer"], dtype) == []
-    expected = "without peer: they take part on a CPU in float32 and float64\n"
-    assert capsys.readouterr().err == expected
+def test_what_a_peer_lacks(options, layer, reason):
+    task = layers.Task(layer, "forward", 2, "float32")
+    assert peers.Peer((), contestants.compiled, **options).lacks(task) == reason
+
+
+def test_no_peers_on_accelerators(capsys, monkeypatch):
+    monkeypatch.setitem(peers.PEERS, "peer", peers.Peer(("json",), contestants.compiled))
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert command._peers(["peer"]) == []
+    assert capsys.readouterr().err == "without peer: they take part on a CPU\n"
+
+
+def test_peer_that_has_no_kernel(capsys, monkeypatch):
+    """The others are timed without it."""
+
+    def no_kernel(*args):
+        raise RuntimeError("no\n kernel")
+
+    monkeypatch.setitem(peers.PEERS, "peer", peers.Peer(("json",), no_kernel))
+    assert run("--peers=peer", "--implementations=lax", "--filter=plain", "--ops=forward") == 0
+    out, err = capsys.readouterr()
+    assert err.endswith("\n  without peer: no kernel\n")
+    assert "| layer | lax | copy |" in out
+
+
+@pytest.mark.parametrize("dtype, status", (("bfloat16", 0), ("float32", 1)))
+def test_peer_that_rounds_its_sums(dtype, status, capsys, monkeypatch):
+    """In half types it is left out, in others it is wrong."""
+
+    def rounding(task, x, f, dy):
+        zeros = np.zeros_like(np.asarray(dy))
+        return contestants.Contestant("peer", lambda: None, lambda _: [zeros])
+
+    monkeypatch.setitem(peers.PEERS, "peer", peers.Peer(("json",), rounding))
+    arguments = ("--filter=plain", "--ops=forward", f"--dtype={dtype}", "--json=speed.json")
+    assert run("--peers=peer", "--implementations=lax", *arguments) == status
+    timed = [row["contestant"] for row in figures()["rows"]]
+    assert timed == ([] if status else ["lax", "copy"])
+    assert "peer - lax is " in capsys.readouterr().err
 
 
 def test_implementation_that_can_not_run(capsys, monkeypatch):
     wide = layers.Layer("wide", 1, 80, 2, 1, (2, 64), 1, ((1, 0), (63, 0)))
-    monkeypatch.setattr(layers, "LAYERS", (wide,))
+    monkeypatch.setitem(layers.GROUPS, "networks", (wide,))
     assert run("--ops=forward", "--implementations=xla_taps,lax") == 0
     out, err = capsys.readouterr()
     assert "  without xla_taps: " in err and "at most 63 columns, got 64" in err
@@ -163,8 +291,8 @@ def test_blocks(monkeypatch):
         return lambda *args: contestants.Contestant(name, call, list)
 
     monkeypatch.setattr(layers.Task, "check", lambda *args: None)
-    peers = {name: ("json", peer(name, s)) for name, s in (("slow", 0.5), ("fast", 0.001))}
-    monkeypatch.setattr(timing, "PEERS", peers)
+    for name, seconds in (("slow", 0.5), ("fast", 0.001)):
+        monkeypatch.setitem(peers.PEERS, name, peers.Peer(("json",), peer(name, seconds)))
     task = layers.Task(TINY[0], "forward", 2, "float32")
     rows = timing.measure(task, ["default"], ["slow", "fast"], blocks=9, seconds=0.02)
     timed = {row["contestant"]: row["calls"] for row in rows}
@@ -173,6 +301,73 @@ def test_blocks(monkeypatch):
     assert calls[:2] == ["slow", "fast"]
     turns = [name for name, last in zip(calls[2:], calls[1:], strict=False) if name != last]
     assert turns == ["slow", "fast"] * 4
+
+
+MS = 1e-3
+
+
+@pytest.mark.parametrize(
+    "times, turn",
+    (
+        ([8.1 * MS] * 3 + [1 * MS] * 9, 8 * MS),
+        ([15.6 * MS] * 6 + [1 * MS] * 2, 16 * MS),
+        ([8.1 * MS] * 3 + [1 * MS] * 10, None),  # too few
+        ([32 * MS] * 2 + [1 * MS], None),
+        ([8.3 * MS] * 9 + [1 * MS] * 9, None),  # not quite
+        ([8 * MS] * 9 + [5 * MS] * 9, None),  # it is slow
+        ([8 * MS] * 9, None),
+    ),
+)
+def test_calls_that_wait_for_a_core(times, turn):
+    assert timing.stands_at(times) == turn
+
+
+def test_warning_of_a_core_that_is_held(capsys, monkeypatch):
+    times = iter([[4 * MS] * 9, [16 * MS] * 5 + [2 * MS] * 4])  # of lax, and of the copy
+    monkeypatch.setattr(timing, "consecutive", lambda call, seconds: next(times))
+    monkeypatch.setattr(timing, "_SLOW", -1)  # no warming up
+    timing.measure(layers.Task(PLANE, "forward", 1, "float32"), ["lax"], [], 1, 1)
+    assert capsys.readouterr().err == (
+        "  copy: many calls take 16 ms, and others less than half of that: "
+        "something else seems to hold a core\n"
+    )
+
+
+@pytest.mark.parametrize("load, warns", ((2.0, False), (2.1, True)))
+def test_warning_of_load(load, warns, capsys, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    timing.warn_of_load()
+    line = "the load of the last minute is 2.1 on 4 cores: something else seems to run, "
+    assert capsys.readouterr().err.startswith(line) == warns
+
+
+# ---- Tables.
+
+
+def made_up(layer, contestant, low, median, high):
+    """A row for `tables`."""
+    row = {"layer": layer, "op": "forward", "batch": 8, "dtype": "float32", "multiply_adds": 1}
+    times = {"contestant": contestant, "low": low, "median": median, "high": high}
+    return row | times | {"runs": ["us"], "compile_seconds": 1, "temp_bytes": 0}
+
+
+def test_ratios_in_the_noise():
+    """Where quartiles overlap nobody wins, but the mean is that of all medians."""
+    rows = [
+        *(made_up("plain", "us", 1, 2, 3), made_up("plain", "a", 4, 8, 9)),
+        *(made_up("strided", "us", 1, 2, 3), made_up("strided", "a", 3, 4, 5)),
+        made_up("strided", "b", 4, 5, 6),
+        *(made_up("causal", "us", 3, 4, 5), made_up("causal", "b", 1, 2, 2.9)),
+    ]
+    report = list(tables.report(tables.collected(rows), ["us"], ["a", "b", "absent"], 1))
+    assert report[1] == (
+        "| layer | us | a | b | copy | best peer / us | us / copy | us, share of FMA rate |"
+    )
+    assert [line.split(" | ")[5] for line in report[3:6]] == ["4", "~2", "0.5"]
+    assert report[6] == (
+        "\nbest peer / us: 1.59, the geometric mean of 3; the least is 0.5, of causal"
+    )
 
 
 def test_ratio_is_that_of_the_best_peer():
@@ -379,6 +574,7 @@ def test_full_disk(capsys, monkeypatch):
 
 ERRORS = {
     "filter": ("--filter=resnet", "--filter=resnet: found in none of the layers plain, strided, "),
+    "group": ("--groups=networks,video", "--groups=networks,video: must be out of networks, "),
     "expression": ("--filter=(", "--filter=(: not a regular expression: "),
     "op": (
         "--ops=forward,backward",
@@ -449,6 +645,8 @@ def test_program():
     arguments = "--filter=7x7x960 --ops=input_grad --batch=1 --peers= --blocks=1 --block_seconds=0"
     process = fresh_process.start("-W", "error", "-m", "jax_dwbp.bench", *arguments.split())
     status, out, err = fresh_process.finish(process)
-    assert (status, err) == (0, "1/1 input_grad, batch 1, float32, mobilenetv2 7x7x960 k3 s1\n")
-    assert re.search(r"\nfloat32; float32 matmul: [\d.e+]+ GFMA/s\n", out)
+    *load, progress = err.splitlines()
+    assert (status, progress) == (0, "1/1 input_grad, batch 1, float32, mobilenetv2 7x7x960 k3 s1")
+    assert len(load) <= 1  # it is told of, and there may be one
+    assert re.search(r"\nfloat32 matmul: [\d.e+]+ GFMA/s\n", out)
     assert "\n| mobilenetv2 7x7x960 k3 s1 | " in out

@@ -17,7 +17,7 @@ LAYERS = (
     (
         *("__init__", "__main__", "tf2jax", "_api", "_conv_general_dilated", "_command_line"),
         *("bench.__init__", "bench.__main__", "bench.command", "bench.tables", "bench.timing"),
-        *("bench.contestants", "bench.layers"),
+        *("bench.contestants", "bench.peers", "bench.layers"),
     ),
     ("_rules",),
     ("_partition",),

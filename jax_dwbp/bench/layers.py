@@ -1,18 +1,22 @@
-"""What is timed: layers of networks, and what the contestants of a row compute."""
+"""What is timed: rows of layers by groups, and what the contestants of a row compute."""
 
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 
-OPS = ("forward", "input_grad", "filter_grad", "step")
+# What each op has as results, out of x, f and y or the gradients by them.
+_RESULTS = {"forward": "y", "input_grad": "x", "filter_grad": "f", "step": "yxf"}
+OPS = tuple(_RESULTS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A depthwise convolution of a network, for any batch.
+    """A depthwise convolution, and with what it is timed unless the command line says otherwise.
 
     The pad after may not be larger than the pad before, of which PyTorch is told.
     """
@@ -25,39 +29,93 @@ class Layer:
     kernel: tuple[int, int]
     stride: int
     padding: tuple[tuple[int, int], tuple[int, int]]
+    batch: int = 8
+    dtypes: tuple[str, ...] = ("float32",)
+    data_format: Literal["NHWC", "NCHW"] = "NHWC"
+    problems: int = 1  # of a vmap, each with a filter of its own
 
 
-def _square(network: str, size: int, channels: int, kernel: int, stride=1, multiplier=1) -> Layer:
-    """A square layer, padded alike at both ends: PyTorch lacks "SAME" with a stride."""
-    name = f"{network} {size}x{size}x{channels} k{kernel} s{stride}"
+def _layer(
+    prefix: str,
+    image: tuple[int, int, int],
+    kernel: tuple[int, int],
+    stride: int = 1,
+    multiplier: int = 1,
+    **options: Any,
+) -> Layer:
+    """A layer, padded alike at both ends by default: PyTorch lacks "SAME" with a stride."""
+    (height, width, channels), (r, s) = image, kernel
+    name = f"{prefix} {height}x{width}x{channels} k{r if r == s else f'{r}x{s}'} s{stride}"
     if multiplier > 1:
         name += f" m{multiplier}"
-    pads = (kernel // 2, kernel // 2)
-    return Layer(name, size, size, channels, multiplier, (kernel, kernel), stride, (pads, pads))
+    top, left = (r - 1) // 2, (s - 1) // 2
+    options = {"padding": ((top, top), (left, left)), **options}
+    return Layer(name, height, width, channels, multiplier, kernel, stride, **options)
 
 
-LAYERS = (
-    _square("mobilenetv2", 112, 32, 3),
-    _square("mobilenetv2", 112, 96, 3, stride=2),
-    _square("mobilenetv2", 56, 144, 3),
-    _square("mobilenetv2", 14, 576, 3),
-    _square("mobilenetv2", 7, 960, 3),
-    _square("efficientnet-b0", 56, 144, 5, stride=2),
-    _square("efficientnet-b0", 28, 240, 5),
-    _square("efficientnet-b0", 14, 672, 5),
-    _square("efficientnet-b0", 7, 1152, 5),
-    _square("convnext-t", 56, 96, 7),
-    _square("convnext-t", 28, 192, 7),
-    _square("convnext-t", 14, 384, 7),
-    _square("convnext-t", 7, 768, 7),
-    _square("replknet-31b", 28, 128, 31),  # 56x56 there, four times the work
-    _square("replknet-31b", 7, 1024, 13),
-    Layer("mamba 1x1024x1536 k1x4 s1", 1, 1024, 1536, 1, (1, 4), 1, ((0, 0), (3, 0))),
-    _square("strided", 28, 192, 5, stride=2),
-    _square("odd", 28, 67, 3),
-    _square("multiplier", 56, 32, 3, multiplier=2),
-    _square("multiplier", 28, 16, 3, multiplier=8),
-)
+def _square(prefix: str, size: int, channels: int, kernel: int, **options: Any) -> Layer:
+    return _layer(prefix, (size, size, channels), (kernel, kernel), **options)
+
+
+_HALF: Any = {"dtypes": ("bfloat16", "float16")}
+_NCHW: Any = {"data_format": "NCHW"}
+_CAUSAL: Any = {"padding": ((0, 0), (3, 0))}
+GROUPS = {
+    "networks": (
+        _square("mobilenetv2", 112, 32, 3),
+        _square("mobilenetv2", 112, 96, 3, stride=2),
+        _square("mobilenetv2", 56, 144, 3),
+        _square("mobilenetv2", 14, 576, 3),
+        _square("mobilenetv2", 7, 960, 3),
+        _square("efficientnet-b0", 56, 144, 5, stride=2),
+        _square("efficientnet-b0", 28, 240, 5),
+        _square("efficientnet-b0", 14, 672, 5),
+        _square("efficientnet-b0", 7, 1152, 5),
+        _square("convnext-t", 56, 96, 7),
+        _square("convnext-t", 28, 192, 7),
+        _square("convnext-t", 14, 384, 7),
+        _square("convnext-t", 7, 768, 7),
+        _square("replknet-31b", 28, 128, 31),  # 56x56 there, four times the work
+        _square("replknet-31b", 7, 1024, 13),
+        _layer("mamba", (1, 1024, 1536), (1, 4), **_CAUSAL),
+        _square("strided", 28, 192, 5, stride=2),
+        _square("odd", 28, 67, 3),
+        _square("multiplier", 56, 32, 3, multiplier=2),
+        _square("multiplier", 28, 16, 3, multiplier=8),
+    ),
+    "pictures": (
+        _square("picture", 512, 3, 11, batch=1),
+        _square("picture", 1024, 1, 5, batch=1),
+        _layer("picture", (256, 256, 3), (1, 21)),
+        _square("picture", 256, 3, 3),
+        _square("picture", 256, 3, 3, stride=2),
+        _square("picture", 224, 3, 3, stride=2, multiplier=8, batch=1),
+        _square("picture", 128, 1, 5, multiplier=16),
+        _square("picture", 64, 8, 3, batch=16),
+    ),
+    "sound": (
+        _layer("sound", (1, 16000, 8), (1, 16), stride=2, batch=16),
+        _layer("sound", (1, 4096, 64), (1, 64), batch=4, padding=((0, 0), (32, 31))),
+        _layer("sound", (1, 1024, 1536), (1, 4), **_CAUSAL),
+    ),
+    "nchw": (
+        _square("nchw", 56, 144, 3, **_NCHW),
+        _square("nchw", 28, 192, 5, stride=2, **_NCHW),
+        _square("nchw", 112, 32, 3, batch=1, **_NCHW),
+        _square("nchw", 112, 96, 3, stride=2, **_NCHW),
+    ),
+    "half": (
+        _square("half", 56, 144, 3, **_HALF),
+        _square("half", 14, 576, 3, **_HALF),
+        _square("half", 28, 192, 7, **_HALF),
+    ),
+    "double": (_square("double", 512, 1, 3, batch=1, dtypes=("float64",)),),
+    "problems": (
+        _square("64 problems", 32, 1, 3, batch=1, problems=64),
+        _square("256 problems", 16, 3, 5, batch=1, problems=256),
+        _square("1000 problems", 8, 1, 3, batch=1, problems=1000),
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,19 +141,22 @@ class Task:
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Of x, f and dy."""
         layer, c, m = self.layer, self.layer.channels, self.layer.multiplier
-        x = (self.batch, layer.height, layer.width, c)
-        return x, (*layer.kernel, c, m), (self.batch, *self.output, c * m)
+        x, dy = (layer.height, layer.width, c), (*self.output, c * m)
+        if layer.data_format == "NCHW":
+            x, dy = (x[-1:] + x[:-1], dy[-1:] + dy[:-1])
+        shapes = (self.batch, *x), (*layer.kernel, c, m), (self.batch, *dy)
+        return tuple((layer.problems, *s) for s in shapes) if layer.problems > 1 else shapes
 
     @property
     def terms(self) -> list[int]:
         """The length of the sum in an element, for each of the results."""
-        r, s, _, m = self.shapes[1]
+        r, s = self.layer.kernel
         terms = {
-            "forward": r * s,
-            "input_grad": r * s * m,
-            "filter_grad": self.batch * math.prod(self.output),
+            "y": r * s,
+            "x": r * s * self.layer.multiplier,
+            "f": self.batch * math.prod(self.output),
         }
-        return list(terms.values()) if self.op == "step" else [terms[self.op]]
+        return [terms[name] for name in _RESULTS[self.op]]
 
     # Each op works on arrays of the shapes of x, f and dy, in one role or another, and multiplies
     # each element of dy once for each tap: so the floors of the three are the same.
@@ -111,6 +172,28 @@ class Task:
     def operands(self) -> list[np.ndarray]:
         rng = np.random.default_rng(0)
         return [rng.uniform(-1, 1, shape).astype(jnp.dtype(self.dtype)) for shape in self.shapes]
+
+    def folded_operands(self, arrays: Iterable[Any]) -> list[np.ndarray]:
+        """x, f and dy as peers get them: see `_folded`."""
+        return list(map(self._folded, "xfy", arrays))
+
+    def folded_results(self, arrays: Iterable[Any]) -> list[np.ndarray]:
+        return list(map(self._folded, _RESULTS[self.op], arrays))
+
+    def _folded(self, name: str, array: Any) -> np.ndarray:
+        """`array` in NHWC or [R, S, C, M], where the channels are those of all problems.
+
+        For problems with filters of their own are what channels are: one convolution of them all.
+        """
+        array = np.asarray(array)
+        array = array.reshape(self.layer.problems, *array.shape[-4:])
+        if name == "f":
+            array = np.moveaxis(array, 0, 2)
+            return array.reshape(*array.shape[:2], -1, array.shape[-1])
+        if self.layer.data_format == "NCHW":
+            array = np.moveaxis(array, 2, 4)
+        array = np.moveaxis(array, 0, 3)
+        return array.reshape(*array.shape[:3], -1)
 
     def check(self, name: str, got: list[np.ndarray], reference: str, want: list[np.ndarray]):
         """Raises `Mismatch` unless the results are equal to rounding.

@@ -104,7 +104,11 @@ CASES = (
     Case(_layer(3, multiplier=2), "float32"),
     Case(_layer(13), "float32"),
     Case(_layer(31), "float32"),
-    *(Case(layer, "float32") for layer in layers.LAYERS if layer.name.startswith(_NETWORKS)),
+    *(
+        Case(layer, "float32")
+        for layer in layers.GROUPS["networks"]
+        if layer.name.startswith(_NETWORKS)
+    ),
 )
 
 

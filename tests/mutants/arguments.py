@@ -15,9 +15,9 @@ MESH = "tests/test_partition.py -k mesh"
 CACHE = "tests/test_fresh_process.py -k cache"
 INSPECTORS = "tests/test_inspectors.py"
 MAIN = "tests/test_main.py"
-BENCH = "tests/test_bench.py -k 'not peers and not program'"
-BENCH_ERRORS = "tests/test_bench.py -k 'error or memory or disk'"
-BENCH_PEERS = "tests/test_bench.py -k peers"
+BENCH_ALL = "tests/test_bench.py"
+BENCH = f"{BENCH_ALL} -k 'not peers and not program'"
+BENCH_ERRORS = f"{BENCH_ALL} -k 'error or memory or disk'"
 
 
 def values(implementation: str, op: str) -> str:

@@ -1,6 +1,6 @@
 """Faults of the command lines."""
 
-from mutants.arguments import BENCH, BENCH_ERRORS, BENCH_PEERS, MAIN
+from mutants.arguments import BENCH, BENCH_ALL, BENCH_ERRORS, MAIN
 from mutants.fault import Operator, faults
 
 FAULTS = [
@@ -23,7 +23,7 @@ FAULTS = [
     ),
     *faults(
         "_command_line.py",
-        ("list(dict.fromkeys(names))", "list(names)", "tests/test_bench.py -k ratios"),
+        ("list(dict.fromkeys(names))", "list(names)", f"{BENCH_ALL} -k ratios"),
         ("                os.remove(temporary)", "                pass", f"{MAIN} -k output"),
         ("_replace(os.path.realpath(path), ", "_replace(path, ", f"{MAIN} -k output"),
         ("if os.path.exists(path):", "if False:", f"{MAIN} -k output"),
@@ -36,18 +36,36 @@ FAULTS = [
     *faults(
         "bench/layers.py",
         ("if not worst <= 1:", "if worst > 1:", BENCH),
+        (
+            "array = np.moveaxis(array, 2, 4)",
+            "array = np.moveaxis(array, 2, 3)",
+            f"{BENCH_ALL} -k folded",
+        ),
     ),
     *faults(
         "bench/timing.py",
         ("sum(taken) < _PATIENCE * seconds", "sum(taken) < _SLOW * seconds", BENCH),
         ("task.bytes // 2 //", "task.bytes //", BENCH),
+        ("bits >= 32", Operator("GtE_Gt"), f"{BENCH_ALL} -k rounds"),
+        ("len(times) / 4", "len(times) / 3", f"{BENCH_ALL} -k wait"),
+        ("min(times) < turn / 2", "min(times) < turn", f"{BENCH_ALL} -k wait"),
     ),
     *faults(
         "bench/tables.py",
-        ("min(medians) / cells", "max(medians) / cells", BENCH),
+        ("min(rows, key", "max(rows, key", f"{BENCH_ALL} -k ratio"),
+        ("noise = max(", "noise = min(", f"{BENCH_ALL} -k noise"),
+    ),
+    *faults(
+        "bench/peers.py",
+        (
+            "layer.multiplier, *task.output)",
+            "layer.multiplier, *plane[2:])",
+            f"{BENCH_ALL} -k lacks",
+        ),
     ),
     *faults(
         "bench/command.py",
-        ("bits < 32", Operator("Lt_LtE"), BENCH_PEERS),
+        ("batch or layer.batch", "layer.batch", f"{BENCH_ALL} -k replaced"),
+        ('!= "cpu"', Operator("NotEq_Eq"), f"{BENCH_ALL} -k accelerators"),
     ),
 ]
