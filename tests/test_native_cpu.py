@@ -339,7 +339,7 @@ def growth(input, filter):
         # A row has 293 tiles, each of which meets all taps.
         ((1, 1, 2**15, 16), (1, 2**13, 16, 1)),
         # A thread that packed all rows that a band meets would take 16 MB.
-        ((1, 1000, 1100, 15), (900, 1, 15, 1)),
+        ((1, 1000, 4200, 4), (900, 1, 4, 1)),
     ],
     ids=str,
 )
@@ -373,6 +373,24 @@ def test_each_value_of_half_a_type_is_converted(shape, multiplier, dtype):
         want[np.abs(want) < 4 * np.finfo(np.float32).tiny] = 0
         y[want == 0] = 0
     np.testing.assert_array_equal(y, want)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_each_weight_of_half_a_type_is_converted(dtype):
+    """By rows, of which each plane has its own."""
+    f = np.arange(2**16, dtype=np.uint16).view(jnp.dtype(dtype))
+    x = np.ones((1, f.size, 8, 8), dtype)
+    options = {"strides": (1, 1), "padding": "SAME", "data_format": "NCHW"}
+    y = jax_dwbp.depthwise_conv2d_native(
+        x, f.reshape(1, 1, -1, 1), **options, implementation="native_cpu"
+    )
+    with np.errstate(all="ignore"):  # of NaNs that signal
+        got, want = np.asarray(y).astype(np.float32), f.astype(np.float32)
+    if dtype == "bfloat16":  # subnormal ones are float32's, which XLA's threads take for 0
+        want[np.abs(want) < np.finfo(np.float32).tiny] = 0
+        got[:, want == 0] = 0
+    np.testing.assert_array_equal(got, np.broadcast_to(want[:, None, None], got.shape))
 
 
 @compiled
@@ -412,6 +430,16 @@ def test_long_sums_of_many_rows_are_of_short_chains(channels):
     assert np.sqrt(np.mean(error**2) / np.mean(want**2)) < 4 * 2**-24
 
 
+@compiled
+def test_errors_of_like_terms_do_not_add_up_over_rows():
+    """In one chain they err alike. By chains of chains the error is a third."""
+    case = Case("like_terms", (1, 2**16, 1, 3), (1, 1, 3, 1))
+    a = np.full((32, *case.input), 0.3, np.float32)
+    run = jax.vmap(functools.partial(case.run, "filter_grad", implementation="native_cpu"))
+    got = np.asarray(run(a, np.ones_like(a)), np.float64)
+    np.testing.assert_allclose(got, 2**16 * float(np.float32(0.3)), rtol=50 * 2**-24)
+
+
 # What vectors of rows meet: rows shorter than a vector and longer, several tiles and bands of them,
 # all numbers of rows that are computed together, filters that are known and not, borders wider than
 # what is read, and filters that meet nothing.
@@ -432,13 +460,16 @@ BY_ROWS = (
     Case("strided_past_taps", (1, 20, 41, 2), (2, 3, 2, 1), (3, 5)),
     Case("strided_and_dilated", (1, 21, 39, 1), (4, 5, 1, 1), (2, 3), dilations=(3, 2)),
     Case("strided_rows", (1, 31, 50, 1), (7, 6, 1, 1), (2, 1)),
+    Case("strided_columns", (1, 13, 31, 1), (3, 3, 1, 1), (1, 2)),
     Case("strided_column", (2, 13, 1, 1), (2, 3, 1, 1), (3, 2), ((5, 2), (6, 2))),
     Case("strided_bands", (1, 181, 700, 1), (3, 3, 1, 1), (2, 2)),
     Case("strided_tiles", (1, 3, 9001, 1), (3, 3, 1, 1), (2, 3)),
     Case("multiplied", (2, 9, 21, 3), (3, 3, 3, 5)),
     Case("multiplied_and_strided", (1, 15, 33, 2), (3, 3, 2, 4), (2, 2)),
     Case("wide_pixels", (1, 9, 31, 3), (3, 3, 3, 8), (2, 2)),
+    Case("wide_pixels_apart", (1, 7, 19, 5), (3, 2, 5, 5)),
     Case("multiplied_bands", (1, 200, 150, 1), (3, 3, 1, 16)),
+    Case("many_planes", (3, 7, 9, 61), (3, 3, 61, 1)),
 )
 
 

@@ -14,14 +14,16 @@ _NAMES = (
     *("native_cpu.cc", "kernels.cc", "channel_axis.cc", "channel_ring.cc"),
     *("channel_schedule.cc", "channel_reduction.cc"),
     *("channel_lanes.cc", "channel_sums.cc", "channel_moves.cc"),
-    *("row_axis.cc", "row_schedule.cc", "row_reduction.cc"),
+    *("row_axis.cc", "row_plan.cc", "row_schedule.cc", "row_reduction.cc"),
     *("row_lanes.cc", "row_sums.cc", "row_moves.cc"),
 )
 _HEADERS = ("runtime.h", "vectors.h", "channel_filter.h", "channel_ring.h")
 FILES = tuple(str(_FOLDER / name) for name in (*_NAMES, *_HEADERS))
 NATIVE_CPU, _, CHANNEL_AXIS, CHANNEL_RING, CHANNEL_SCHEDULE, CHANNEL_REDUCTION, *_ = FILES
 CHANNEL_LANES, CHANNEL_SUMS, CHANNEL_MOVES = FILES[6:9]
-*_, ROW_AXIS, ROW_SCHEDULE, ROW_REDUCTION, ROW_LANES, ROW_SUMS, ROW_MOVES = FILES[: len(_NAMES)]
+*_, ROW_AXIS, ROW_PLAN, ROW_SCHEDULE, ROW_REDUCTION, ROW_LANES, ROW_SUMS, ROW_MOVES = FILES[
+    : len(_NAMES)
+]
 RUNTIME, VECTORS, CHANNEL_FILTER, CHANNEL_RING_H = FILES[len(_NAMES) :]
 # Its names are those of the only kernels, so that nothing chooses among instruction sets.
 _COMPILER = (
@@ -89,6 +91,7 @@ LONGER = "tests/test_native_cpu.py -k longer"
 HUGE = "tests/test_native_cpu.py -k huge"
 CHAINS = "tests/test_native_cpu.py -k chains"
 CHANNELS = "tests/test_native_cpu.py -k by_channels"
+LIKE = "tests/test_native_cpu.py -k like_terms"
 ROWS = "tests/test_native_cpu.py -k by_rows"
 SPANS = "tests/test_native_cpu.py -k memory_is"
 ALL = 'tests/test_values.py tests/test_fuzz.py tests/test_native_cpu.py -k "native_cpu or large"'
@@ -199,7 +202,7 @@ FAULTS = [
             "S* values = to + (m * lanes + l) * copy.depth_step",
             LARGE,
         ),
-        ("++t, out += column_bytes", "++t, out += 64", CONVERTED),
+        ("memcpy(line, lines + t,", "memcpy(line, lines,", CONVERTED),
     ),
     *faults(
         CHANNEL_FILTER,
@@ -260,31 +263,40 @@ FAULTS = [
             ALL,
             "both do",
         ),
-        ("CopySome(from, some, Max(count, 0))", "CopySome(from, some, 0)", ALL),
+        ("maskz_loadu_epi16(mask, from)", "maskz_loadu_epi16(mask >> 1, from)", ROWS),
         ("kChain = 7;", "kChain = 700;", CHAINS),
         ("constexpr int kToNearest = 8", "constexpr int kToNearest = 9", CONVERTED),
         ("(bits, Words) << 16)", "(bits, Words) << 15)", CONVERTED),
     ),
     *faults(
-        ROW_SCHEDULE,
+        ROW_PLAN,
         ("axis->in + 64) return false;", "axis->in + 64) continue;", SANITIZERS),
-        ("std::exchange(scratch.filter, filter) != filter", "scratch.filter++ < 0", ROWS),
         ("columns.write_step == 1 ? 0 :", "phases == 1 ? 0 :", ROWS),
-        ("window.has_zeros ? 0 : begin * period", "0", ROWS),
-        ("(count - end) * row_bytes", "0", ROWS),
         ("if (plan.lines > most_lines) return false;", "", SPANS),
-        ("CeilDiv(count - row, rows.dilation), width", "count / rows.dilation, width", ROWS),
-        ("columns.out - first_column)", "columns.out)", SANITIZERS),
-        ("first + source * plan.source_lines * plan.lanes", "first", ROWS),
-        ("weight + source * rows.kernel * columns.kernel", "weight", ROWS),
         ("call.channels_first ||", "", ROWS, "another kernel computes the same"),
     ),
     *faults(
+        ROW_SCHEDULE,
+        ("std::exchange(scratch.held[plane.slot], plane.Filter())", "plane.slot", ROWS),
+        (
+            "return std::min(plan.filters, channels - block * plan.filters)",
+            "return plan.filters",
+            ROWS,
+        ),
+        (".before = begin * period", ".before = 0", ROWS),
+        ("(count - end) * row_bytes", "0", ROWS),
+        ("CeilDiv(count - row, rows.dilation)", "count / rows.dilation", ROWS),
+        ("columns.out - first_column)", "columns.out)", ROWS),
+        (" + source * plan_.source_lines * plan_.lanes", "", ROWS),
+        ("(rows.Before(i) + source * rows.kernel)", "rows.Before(i)", ROWS),
+    ),
+    *faults(
         ROW_REDUCTION,
-        ("columns * plan.period != values ||", "", ROWS),
+        ("if (columns * plan_.period != values_) Fold();", "", ROWS),
+        ("band != band_ || tile != tile_", "band != band_", ROWS),
         ("std::max<int64_t>(0, row + region.first)", "row + region.first", SANITIZERS),
         ("call.rows.Before(i) * call.columns.kernel + call.columns.Before(j)", "0", ROWS),
-        ("kFoldLines = 2048", "kFoldLines = int64_t{1} << 40", CHAINS),
+        ("kFoldLines = 2048", "kFoldLines = int64_t{1} << 40", LIKE),
     ),
     *faults(
         ROW_AXIS,
@@ -295,6 +307,7 @@ FAULTS = [
     ),
     *faults(
         ROW_MOVES,
+        ("LoadSome(from + whole, to + whole, rest)", "LoadSome(from + whole, to + whole, 1)", ROWS),
         ("if (++value == weights.period) value = 0;", "", SANITIZERS),
         ("from[value * weights.value_step]", "from[value]", ROWS),
         ("repeat = first % pixels.repeats", "repeat = 0", ROWS),
@@ -311,6 +324,8 @@ FAULTS = [
     *faults(
         ROW_LANES,
         ("conv.columns[s] - conv.columns[s - 1] == TapStep(conv)", "true", ROWS),
+        ("Max(0, i - kPieceRows + 1)", "Max(0, i - kPieceRows)", ROWS),
+        ("piece->rows == 2", "piece->rows > 0", ROWS),
         ("if (o < rows) StoreLine", "StoreLine", SANITIZERS),
         ("rows - l * block.rows_of_line", "rows", SANITIZERS),
         ("for (; groups >> level & 1; ++level) total.Add(pairs[level]);", "", ROWS),
@@ -318,7 +333,8 @@ FAULTS = [
     *faults(
         ROW_SUMS,
         ("fold.values / fold.period", "kLanes<T> / fold.period", ROWS),
-        ("Min(met / corr.row_dilation, rows - 1)", "rows - 1", SANITIZERS),
+        ("Min(in_steps(met), rows - 1)", "rows - 1", SANITIZERS),
+        ("count : count / corr.row_dilation", "count : count", ROWS),
         ("late <= 0 ? 0 :", "true ? 0 :", SANITIZERS),
         ("chained + corr.lines > kChainLines", "false", CHAINS),
     ),

@@ -19,6 +19,7 @@
 #include "channel_schedule.h"
 #include "kernels.h"
 #include "row_axis.h"
+#include "row_plan.h"
 #include "row_schedule.h"
 #include "runtime.h"
 #include "xla/ffi/api/ffi.h"

@@ -4,8 +4,8 @@
 
 namespace jax_dwbp {
 
-RowAxis::RowAxis(int64_t in, int64_t out, int64_t kernel, int64_t dilation, int64_t first, int64_t stride,
-                 bool is_transposed)
+RowAxis::RowAxis(int64_t in, int64_t out, int64_t kernel, int64_t dilation, int64_t first,
+                 int64_t stride, bool is_transposed)
     : in(in),
       out(out),
       kernel(kernel),

@@ -25,13 +25,16 @@ class Few {
   const T& operator[](int64_t i) const { return items_[i]; }
   const T* begin() const { return items_; }
   const T* end() const { return items_ + size_; }
+  T* begin() { return items_; }
+  T* end() { return items_ + size_; }
 
  private:
   T items_[kMostPhases];
   int64_t size_ = 0;
 };
 
-// Taps of the filter that meet the same phase: under a stride of 2 every second one, as dilation has it.
+// Taps of the filter that meet the same phase: under a stride of 2 every second one, as dilation has
+// it.
 struct RowTaps {
   int64_t first, count;
   int64_t phase;   // of what is read or, transposed, of what is written
@@ -48,12 +51,12 @@ struct RowRegion {
 // without a stride, each of some of the taps.
 struct RowAxis {
   int64_t in, out, kernel;
-  int64_t read_step, write_step;   // the stride and 1, or 1 and the stride
-  int64_t tap_step;                // from one of some taps to the next of them
-  int64_t dilation;                // by which the latter reads further on
-  Few<RowTaps> taps;               // each tap is in one of these; none if there would be too many
-  Few<RowRegion> regions;          // the one of taps i is the i-th or the only one
-  int64_t extra;                   // of all regions
+  int64_t read_step, write_step;  // the stride and 1, or 1 and the stride
+  int64_t tap_step;               // from one of some taps to the next of them
+  int64_t dilation;               // by which the latter reads further on
+  Few<RowTaps> taps;              // each tap is in one of these; none if there would be too many
+  Few<RowRegion> regions;         // the one of taps i is the i-th or the only one
+  int64_t extra;                  // of all regions
 
   RowAxis(int64_t in, int64_t out, int64_t kernel, int64_t dilation, int64_t first, int64_t stride,
           bool is_transposed);
@@ -64,7 +67,8 @@ struct RowAxis {
   // Taps of one phase, at most.
   int64_t MostTaps() const { return taps[0].count; }
 
-  // What is packed to write so many t, where of that a region starts, and what the first of taps i reads.
+  // What is packed to write so many t, where of that a region starts, and what the first of taps i
+  // reads.
   int64_t Packed(int64_t count) const { return regions.Size() * count + extra; }
   // The t for which so much is packed, but no fewer than are packed for their sake alone.
   int64_t Fitting(int64_t packed) const {

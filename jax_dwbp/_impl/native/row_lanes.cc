@@ -5,8 +5,8 @@
 #include "kernels.h"
 #include "vectors.h"
 
-// kRows rows of kLines lines of a result are held in registers: twice, as a running sum and as the sum of
-// those before it. What is loaded for one row of the filter serves as many rows of the result.
+// kRows rows of kLines lines of a result are held in registers: twice, as a running sum and as the sum
+// of those before it. What is loaded for one row of the filter serves as many rows of the result.
 #if defined(__AVX512F__)
 #define ROWS 4
 #define LINES 3
@@ -33,7 +33,8 @@ template <typename T, int kRows, int kLines>
 struct Sums {
   typename Vector<T>::type of[kRows][kLines][kVectors];
 
-  // What was added is added before what comes next: else more is loaded at once than there are registers.
+  // What was added is added before what comes next: else more is loaded at once than there are
+  // registers.
   INLINE void KeepOrder() {
     UNROLL for (int o = 0; o < kRows; ++o) {
       UNROLL for (int l = 0; l < kLines; ++l) {
@@ -78,6 +79,30 @@ INLINE void AddTap(Sums<T, kRows, kLines>& sums, const T* read, int64_t line_ste
   }
 }
 
+// Adds what a piece of few rows gives, whose number is known: then so is what meets what.
+template <int kPieceRows, typename T, int kRows, int kLines>
+INLINE void AddPiece(Sums<T, kRows, kLines>& total, Sums<T, kRows, kLines>& sums,
+                     const RowConvolution& conv, const T* row, const T* weights, int64_t line) {
+  const int64_t weight_step = conv.weight_step * kLanes<T>;
+  UNROLL for (int i = 0; i < kPieceRows + kRows - 1; ++i, row += conv.in_step) {
+    AS_POINTER(row);
+    constexpr int kChainRows = 2;
+    if (i >= kChainRows && i - kChainRows < kRows && kPieceRows > kChainRows) {
+      UNROLL for (int l = 0; l < kLines; ++l) {
+        UNROLL for (int v = 0; v < kVectors; ++v) {
+          total.of[i - kChainRows][l][v] += sums.of[i - kChainRows][l][v];
+          sums.of[i - kChainRows][l][v] = typename Vector<T>::type{};
+        }
+      }
+    }
+    const int first = Max(0, i - kPieceRows + 1), last = Min(i, kRows - 1);
+    const T* weight = weights + (i - first) * weight_step;
+    for (int64_t s = 0; s < conv.column_count; ++s, weight += kLanes<T>) {
+      AddTap(sums, row + conv.columns[s], line, weight, weight_step, first, last);
+    }
+  }
+}
+
 // The sums of a filter of any size.
 template <typename T, int kRows, int kLines>
 INLINE Sums<T, kRows, kLines> SumAny(const RowConvolution& conv, const T* in, int64_t line) {
@@ -88,7 +113,6 @@ INLINE Sums<T, kRows, kLines> SumAny(const RowConvolution& conv, const T* in, in
   Sums<T, kRows, kLines> total = {}, sums = {}, pairs[kLevels];
   int64_t chained = 0, chains = 0, groups = 0;
   const auto chain = [&]() __attribute__((always_inline)) {
-    if (++chained < chain_rows) return;
     total.Add(sums);
     sums = {};
     chained = 0;
@@ -104,9 +128,21 @@ INLINE Sums<T, kRows, kLines> SumAny(const RowConvolution& conv, const T* in, in
   const RowPiece *const pieces = conv.pieces, *const end = pieces + conv.piece_count;
   for (const RowPiece* piece = pieces; piece < end; ++piece) {
     const T* row = in + piece->first;
+    const T* const first_weight = weights + piece->weight * kLanes<T>;
+    if (kRows > 1 && piece->rows <= 3 && parts == 1) {
+      if (piece->rows == 3) {
+        AddPiece<3>(total, sums, conv, row, first_weight, line);
+      } else if (piece->rows == 2) {
+        AddPiece<2>(total, sums, conv, row, first_weight, line);
+      } else {
+        AddPiece<1>(total, sums, conv, row, first_weight, line);
+      }
+      chain();
+      continue;
+    }
     for (int64_t i = 0; i < piece->rows + kRows - 1; ++i, row += conv.in_step) {
       const int64_t first = Max(0, i - piece->rows + 1), last = Min(i, kRows - 1);
-      const T* weight = weights + piece->weight * kLanes<T> + (i - first) * weight_step;
+      const T* weight = first_weight + (i - first) * weight_step;
       for (int64_t part = 0; part < parts; ++part) {
         const int64_t begin = part * columns / parts, part_end = (part + 1) * columns / parts;
         WithRows<kRows>(first, last, [&](auto first, auto last) __attribute__((always_inline)) {
@@ -115,7 +151,7 @@ INLINE Sums<T, kRows, kLines> SumAny(const RowConvolution& conv, const T* in, in
             AddTap(sums, row + conv.columns[s], line, weight, weight_step, kFirst, kLast);
           }
         });
-        chain();
+        if (++chained == chain_rows) chain();
       }
     }
   }
@@ -134,8 +170,8 @@ INLINE int64_t TapStep(const RowConvolution& conv) {
 // Whether it is one piece with as many rows and columns, whose columns are as far apart as each other.
 template <typename F>
 bool Is(const RowConvolution& conv) {
-  bool is = conv.piece_count == 1 && conv.pieces->rows == F::kRows && conv.column_count == F::kColumns &&
-            conv.weight_step == F::kColumns;
+  bool is = conv.piece_count == 1 && conv.pieces->rows == F::kRows &&
+            conv.column_count == F::kColumns && conv.weight_step == F::kColumns;
   for (int s = 1; is && s < F::kColumns; ++s) {
     is = conv.columns[s] - conv.columns[s - 1] == TapStep(conv);
   }
@@ -183,14 +219,15 @@ template <typename S>
 struct Block {
   const typename Compute<S>::type* in;
   S* out;
-  int64_t in_line, out_line;    // from one line to the next
-  int64_t rows, rows_of_line;   // of the result, of which the first line has the first ones
-  int64_t values;               // of each line
-  int64_t blocks, step;         // beside each other
+  int64_t in_line, out_line;   // from one line to the next
+  int64_t rows, rows_of_line;  // of the result, of which the first line has the first ones
+  int64_t values;              // of each line
+  int64_t blocks, step;        // beside each other
 };
 
 template <typename S, typename F, int kRows, int kLines>
-__attribute__((noinline)) void ConvolveBlocks(const RowConvolution& convolution, const Block<S>& block) {
+__attribute__((noinline)) void ConvolveBlocks(const RowConvolution& convolution,
+                                              const Block<S>& block) {
   using T = typename Compute<S>::type;
   // A copy, which no result that is stored may change.
   const RowConvolution conv = convolution;
@@ -203,11 +240,16 @@ __attribute__((noinline)) void ConvolveBlocks(const RowConvolution& convolution,
     } else {
       sums = SumAny<T, kRows, kLines>(conv, in, block.in_line);
     }
+    // Not all of the addresses are to be found ahead of the blocks, of which there may be one.
     UNROLL for (int l = 0; l < kLines; ++l) {
-      S* const out = first_out + l * block.out_line;
-      const int64_t rows = block.rows - l * block.rows_of_line;
-      UNROLL for (int o = 0; o < kRows; ++o) {
-        if (o < rows) StoreLine<S, T>(sums.of[o][l], block.values, out + o * conv.out_step);
+      S* out = first_out + l * block.out_line;
+      int64_t rows = block.rows - l * block.rows_of_line;
+      AS_POINTER(rows);
+      UNROLL for (int o = 0; o < kRows; ++o, out += conv.out_step) {
+        AS_POINTER(out);
+        if (o < rows) StoreLine<S, T>(sums.of[o][l], block.values, out);
+        // What is written next, of which a processor would wait for each line.
+        __builtin_prefetch(out + kRows * kLines * conv.out_step, 1);
       }
     }
   }
@@ -227,7 +269,8 @@ void ConvolveRows(const RowConvolution& conv) {
   using T = typename Compute<S>::type;
   const T* in = reinterpret_cast<const T*>(conv.in);
   S* out = static_cast<S*>(conv.out);
-  const int64_t whole_lines = conv.width < kLanes<T> ? 0 : (conv.width - kLanes<T>) / conv.line_step + 1;
+  const int64_t whole_lines =
+      conv.width < kLanes<T> ? 0 : (conv.width - kLanes<T>) / conv.line_step + 1;
   const int64_t blocks = whole_lines / kLines, step = kLines * conv.line_step;
   for (int64_t rows = conv.rows; rows > 0; rows -= kRows * kLines) {
     const int64_t lines = Min((rows + kRows - 1) / kRows, kLines);
@@ -239,9 +282,10 @@ void ConvolveRows(const RowConvolution& conv) {
     }
     // What is left of the columns.
     for (int64_t j = blocks * step; j < conv.width; j += conv.line_step) {
-      ConvolveStacked<S, F, kRows, kLines>(
-          conv, {in + j, out + j, kRows * conv.in_step, kRows * conv.out_step, rows, kRows,
-                 conv.width - j, 1, 0}, lines);
+      ConvolveStacked<S, F, kRows, kLines>(conv,
+                                           {in + j, out + j, kRows * conv.in_step,
+                                            kRows * conv.out_step, rows, kRows, conv.width - j, 1, 0},
+                                           lines);
     }
     in += kRows * kLines * conv.in_step, out += kRows * kLines * conv.out_step;
   }
@@ -264,6 +308,6 @@ constexpr RowKernels Table() {
 }  // namespace
 
 const RowKernels OF_INSTRUCTION_SET(RowKernels)[4] = {Table<Half>(), Table<Brain>(), Table<float>(),
-                                                       Table<double>()};
+                                                      Table<double>()};
 
 }  // namespace jax_dwbp

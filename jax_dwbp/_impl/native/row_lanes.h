@@ -19,8 +19,8 @@ struct Line;
 // Lines that a pixel may have.
 constexpr int64_t kMostLinesOfPixel = 8;
 
-// How pixels of the caller's array are packed, in elements. Value v of a pixel is v / repeats * value_step
-// behind its first one.
+// How pixels of the caller's array are packed, in elements. Value v of a pixel is v / repeats *
+// value_step behind its first one.
 struct RowPixels {
   int64_t period;  // values
   int64_t repeats, value_step;
@@ -39,14 +39,15 @@ struct RowPixels {
 // Rows of the caller's array, to be packed.
 struct RowCopy {
   const void* from;
-  int64_t from_step;      // elements from one row to the next
+  int64_t from_step;  // elements from one row to the next
   int64_t rows;
   RowPixels pixels;
-  int64_t count;          // values of a row
+  int64_t count;  // values of a row
   Line* to;
   int64_t first;          // values from `to` to the first that is copied
   int64_t to_step;        // from one row to the next
   int64_t before, after;  // zeros in front of a row and behind it
+  int64_t ahead;          // bytes to what is copied next, to be fetched, or 0
 };
 
 // The weights of a filter, to be packed: a line for each tap.
@@ -54,23 +55,24 @@ struct RowWeights {
   const void* from;
   const int64_t* taps;  // which of the filter's comes first, and so on
   int64_t tap_count;
-  int64_t tap_step;     // elements from one tap to the next
-  int64_t period;       // values of a tap, which are repeated
-  int64_t first;        // that of them with which a line starts
-  int64_t value_step;   // elements from one of them to the next
+  int64_t tap_step;    // elements from one tap to the next
+  int64_t period;      // values of a tap, which are repeated
+  int64_t first;       // that of them with which a line starts
+  int64_t value_step;  // elements from one of them to the next
   Line* to;
 };
 
-// Phases of rows of a result, to be stored: pixel t * phases + i of a row is the t-th of phase i. Of two
-// phases lines are read behind what counts.
+// Phases of rows of a result, to be stored: pixel t * phases + i of a row is the t-th of phase i. Of
+// two phases lines are read behind what counts.
 struct RowInterleave {
   const void* from;
-  int64_t from_step, from_row_step;  // elements from one phase to the next, and from one row to the next
+  int64_t from_step,
+      from_row_step;  // elements from one phase to the next, and from one row to the next
   int64_t rows;
   int64_t phases, period;
-  int64_t count;                     // values of a row of the result
+  int64_t count;  // values of a row of the result
   void* to;
-  int64_t to_step;                   // elements from one row to the next
+  int64_t to_step;  // elements from one row to the next
 };
 
 // Of one instruction set and one data type.
@@ -81,8 +83,8 @@ struct RowMoves {
   void (*interleave)(const RowInterleave&);
 };
 
-// Rows of the filter that read rows of the source which lie side by side: row r of them meets row p of the
-// result in row p + r of what is packed.
+// Rows of the filter that read rows of the source which lie side by side: row r of them meets row p of
+// the result in row p + r of what is packed.
 struct RowPiece {
   int64_t first;   // the value that row 0 reads for row 0
   int64_t weight;  // the line of its first weight
@@ -92,18 +94,19 @@ struct RowPiece {
 // Rows of a result, which are a sum of pieces.
 struct RowConvolution {
   const Line* in;
-  int64_t in_step;         // values from one row to the next
+  int64_t in_step;  // values from one row to the next
   const RowPiece* pieces;
   int64_t piece_count;
-  const int64_t* columns;  // of the filter: the values from what a row's first value is to what each reads
+  const int64_t*
+      columns;  // of the filter: the values from what a row's first value is to what each reads
   int64_t column_count;
   const Line* weights;
-  int64_t weight_step;     // lines from one row of the filter to the next
-  int64_t rows, width;     // of the result
-  int64_t line_step;       // values from one line to the next: a multiple of the weights' period
+  int64_t weight_step;  // lines from one row of the filter to the next
+  int64_t rows, width;  // of the result
+  int64_t line_step;    // values from one line to the next: a multiple of the weights' period
   void* out;
-  int64_t out_step;        // elements from one row to the next
-  bool by_row;             // no rows are computed together
+  int64_t out_step;  // elements from one row to the next
+  bool by_row;       // no rows are computed together
 };
 
 // Of one instruction set and one data type.
@@ -113,8 +116,9 @@ struct RowKernels {
   void (*convolve)(const RowConvolution&);
 };
 
-// A filter gradient. Row p of dy and tap row r meet in row p + offset + r * row_dilation of what is packed,
-// if there is such a row. Only rows that there are are packed, but columns with zeros around them.
+// A filter gradient. Row p of dy and tap row r meet in row p + offset + r * row_dilation of what is
+// packed, if there is such a row. Only rows that there are are packed, but columns with zeros around
+// them.
 struct RowCorrelation {
   const Line* in;
   int64_t first;  // the value that the first tap reads for the first line
@@ -129,8 +133,8 @@ struct RowCorrelation {
   int64_t sum_step;          // lines from one row of the filter to the next
 };
 
-// The values of lines that are a sum, of which the first `values` count, are added to one value for each
-// place of the period, with place `first` as the first.
+// The values of lines that are a sum, of which the first `values` count, are added to one value for
+// each place of the period, with place `first` as the first.
 struct RowFold {
   const Line* from;
   int64_t taps, period, first, values;
@@ -141,11 +145,11 @@ struct RowFold {
 struct RowJoin {
   Line* parts;
   int64_t part_count;
-  int64_t part_step;  // values from one part to the next
+  int64_t part_step;    // values from one part to the next
   const int64_t* taps;  // which of the filter's is the first, and so on
   int64_t tap_count, period;
   void* to;
-  int64_t tap_step;     // elements from one tap to the next
+  int64_t tap_step;  // elements from one tap to the next
 };
 
 struct RowSums {

@@ -13,6 +13,10 @@
 namespace jax_dwbp {
 namespace {
 
+INLINE void Fetch(const void* from, int64_t ahead) {
+  __builtin_prefetch(static_cast<const char*>(from) + ahead, 0, 2);
+}
+
 #if defined(__AVX512F__)
 typedef int32_t Places __attribute__((vector_size(64)));
 
@@ -67,16 +71,25 @@ INLINE void CopySomePixels(const RowCopy& copy, int64_t at_once) {
   const Places places = PlacesOf<kCount>(pixels, 0);
   // Elements from the first to the last.
   const int64_t all = (copy.count / pixels.period - 1) * pixels.column_step + pixels.Span();
-  for (int64_t row = 0; row < copy.rows; ++row) {
-    const S* from = static_cast<const S*>(copy.from) + row * copy.from_step;
-    T* to = reinterpret_cast<T*>(copy.to) + copy.first + row * copy.to_step;
-    int64_t there = all;
-    for (int64_t left = copy.count; left > 0; left -= step, there -= read_step) {
-      const auto read = LoadWidened(from, there), read_behind = LoadWidened(from + kCount, there - kCount);
-      // What is behind these pixels is overwritten by the next ones.
-      StoreRaw<T>(Permute(read, places, read_behind), left, to);
-      from += read_step, to += step;
-    }
+  const auto move = [&](int64_t row, int64_t i, int64_t there,
+                        int64_t left) __attribute__((always_inline)) {
+    const S* from = static_cast<const S*>(copy.from) + row * copy.from_step + i * read_step;
+    T* to = reinterpret_cast<T*>(copy.to) + copy.first + row * copy.to_step + i * step;
+    const auto read = LoadWidened(from, there),
+               read_behind = LoadWidened(from + kCount, there - kCount);
+    // What is behind these pixels is overwritten by the next ones.
+    StoreRaw<T>(Permute(read, places, read_behind), left, to);
+    Fetch(from, copy.ahead), Fetch(from + kCount, copy.ahead);
+  };
+  int64_t whole = 0;
+  while (all - whole * read_step >= 2 * kCount && copy.count - whole * step >= kCount) ++whole;
+  for (int64_t row = 0; row < copy.rows && whole > 0; ++row) {
+    for (int64_t i = 0; i < whole; ++i) move(row, i, 2 * kCount, kCount);
+  }
+  // A mask is made once for all rows.
+  for (int64_t i = whole; i * step < copy.count; ++i) {
+    const int64_t there = all - i * read_step, left = copy.count - i * step;
+    for (int64_t row = 0; row < copy.rows; ++row) move(row, i, there, left);
   }
 }
 
@@ -86,20 +99,29 @@ INLINE void CopyWidePixels(const RowCopy& copy) {
   using T = typename Compute<S>::type;
   constexpr int64_t kCount = kLanes<T>;
   const RowPixels& pixels = copy.pixels;
+  const int64_t span = pixels.Span(), count = copy.count / pixels.period;
   Places places[kMostLinesOfPixel];
   for (int64_t v = 0; v < pixels.period; v += kCount) places[v / kCount] = PlacesOf<kCount>(pixels, v);
-  for (int64_t row = 0; row < copy.rows; ++row) {
-    const S* from = static_cast<const S*>(copy.from) + row * copy.from_step;
-    T* to = reinterpret_cast<T*>(copy.to) + copy.first + row * copy.to_step;
-    for (int64_t left = copy.count; left > 0; left -= pixels.period) {
-      const auto read = LoadWidened(from, pixels.Span());
-      const auto read_behind = LoadWidened(from + kCount, pixels.Span() - kCount);
-      for (int64_t v = 0; v < pixels.period; v += kCount) {
-        // What is behind this pixel is overwritten by the next one.
-        StoreRaw<T>(Permute(read, places[v / kCount], read_behind), left - v, to + v);
-      }
-      from += pixels.column_step, to += pixels.period;
+  const auto move = [&](int64_t row, int64_t i, int64_t there,
+                        int64_t there_behind) __attribute__((always_inline)) {
+    const S* from = static_cast<const S*>(copy.from) + row * copy.from_step + i * pixels.column_step;
+    T* to = reinterpret_cast<T*>(copy.to) + copy.first + row * copy.to_step + i * pixels.period;
+    const auto read = LoadWidened(from, there), read_behind = LoadWidened(from + kCount, there_behind);
+    int64_t v = 0;
+    // What is behind a pixel is overwritten by the next one.
+    const int64_t whole = i + 1 < count ? pixels.period : pixels.period / kCount * kCount;
+    for (; v < whole; v += kCount)
+      StoreRaw<T>(Permute(read, places[v / kCount], read_behind), kCount, to + v);
+    if (v < pixels.period) {
+      StoreRaw<T>(Permute(read, places[v / kCount], read_behind), pixels.period - v, to + v);
     }
+  };
+  for (int64_t row = 0; row < copy.rows; ++row) {
+    int64_t i = 0;
+    // Of most pixels a whole line may be read, and is all that they have.
+    const int64_t most = span > kCount ? 0 : count - 1 - (kCount - 1) / pixels.column_step;
+    for (; i < most; ++i) move(row, i, kCount, 0);
+    for (; i < count; ++i) move(row, i, span, span - kCount);
   }
 }
 
@@ -142,34 +164,48 @@ INLINE void CopyPixels(const RowCopy& copy) {
     const S* from = static_cast<const S*>(copy.from) + row * copy.from_step;
     T* to = reinterpret_cast<T*>(copy.to) + copy.first + row * copy.to_step;
     for (int64_t i = 0; i < copy.count; i += pixels.period, from += pixels.column_step) {
-      for (int64_t v = 0; v < pixels.period; ++v) {
-        Convert(from[v / pixels.repeats * pixels.value_step], to[i + v]);
+      if (pixels.repeats == 1) {
+        for (int64_t v = 0; v < pixels.period; ++v) Convert(from[v * pixels.value_step], to[i + v]);
+        continue;
+      }
+      const S* value = from;
+      for (int64_t v = 0; v < pixels.period; v += pixels.repeats, value += pixels.value_step) {
+        T converted;
+        Convert(*value, converted);
+        for (int64_t repeat = 0; repeat < pixels.repeats; ++repeat) to[i + v + repeat] = converted;
       }
     }
   }
 }
 
 template <typename S>
-void CopyRows(const RowCopy& copy) {
+INLINE void CopyDense(const RowCopy& copy) {
   using T = typename Compute<S>::type;
+  const int64_t whole = copy.count / kLanes<T> * kLanes<T>, rest = copy.count - whole;
   const S* from = static_cast<const S*>(copy.from);
   T* to = reinterpret_cast<T*>(copy.to) + copy.first;
   for (int64_t row = 0; row < copy.rows; ++row, from += copy.from_step, to += copy.to_step) {
-    if (copy.before) __builtin_memset(to - copy.before, 0, copy.before * sizeof(T));
-    if (copy.after) __builtin_memset(to + copy.count, 0, copy.after * sizeof(T));
-    if (!copy.pixels.AreDense()) continue;
-    int64_t i = 0;
-    for (; i + kLanes<T> <= copy.count; i += kLanes<T>) LoadLine(from + i, to + i);
-    if (i == copy.count) continue;
-    if constexpr (sizeof(S) == sizeof(T)) {
-      CopySome(from + i, to + i, copy.count - i);
-    } else {
-      T values[kLanes<T>];
-      LoadUpTo(from + i, values, copy.count - i);
-      CopySome(values, to + i, copy.count - i);
+    for (int64_t i = 0; i < whole; i += kLanes<T>) {
+      LoadLine(from + i, to + i);
+      Fetch(from + i, copy.ahead);
+    }
+    if (rest == 0) continue;
+    LoadSome(from + whole, to + whole, rest);
+    Fetch(from + whole, copy.ahead);
+  }
+}
+
+template <typename S>
+void CopyRows(const RowCopy& copy) {
+  using T = typename Compute<S>::type;
+  if (copy.before + copy.after > 0) {
+    T* to = reinterpret_cast<T*>(copy.to) + copy.first;
+    for (int64_t row = 0; row < copy.rows; ++row, to += copy.to_step) {
+      __builtin_memset(to - copy.before, 0, copy.before * sizeof(T));
+      __builtin_memset(to + copy.count, 0, copy.after * sizeof(T));
     }
   }
-  if (!copy.pixels.AreDense()) CopyPixels<S>(copy);
+  copy.pixels.AreDense() ? CopyDense<S>(copy) : CopyPixels<S>(copy);
 }
 
 template <typename S>
@@ -217,6 +253,6 @@ constexpr RowMoves Table() {
 }  // namespace
 
 const RowMoves OF_INSTRUCTION_SET(RowMoves)[4] = {Table<Half>(), Table<Brain>(), Table<float>(),
-                                                   Table<double>()};
+                                                  Table<double>()};
 
 }  // namespace jax_dwbp

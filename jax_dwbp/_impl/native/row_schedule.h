@@ -14,8 +14,8 @@ namespace jax_dwbp {
 // A forward op, or an input gradient, which is a transposed one of the flipped filter.
 // For a filter gradient `in` is the input and `out` the gradient by the result.
 //
-// Of a depth multiplier each value of the input is repeated as often as it has results or, where these are
-// planes of their own, read for each of them. An input gradient is a sum of as many sources.
+// Of a depth multiplier each value of the input is repeated as often as it has results or, where these
+// are planes of their own, read for each of them. An input gradient is a sum of as many sources.
 struct RowCall {
   const Kernels& kernels;
   Sizes sizes;
@@ -27,7 +27,8 @@ struct RowCall {
   int64_t Repeats() const { return is_transposed || channels_first ? 1 : sizes.multiplier; }
   // Values of a pixel that lie side by side, with weights of their own, and planes of an image.
   int64_t Period() const { return channels_first ? 1 : sizes.channels * Repeats(); }
-  // From one line of a row to the next that has the same weights, and how many have weights of their own.
+  // From one line of a row to the next that has the same weights, and how many have weights of their
+  // own.
   int64_t LineStep() const {
     const int64_t lanes = kernels.lanes, period = Period();
     return period <= lanes ? lanes / period * period : std::lcm(lanes, period);
@@ -44,16 +45,16 @@ struct RowCall {
   int64_t OutPlane(int64_t plane) const { return plane * out.depth; }
   // From one source to the next.
   int64_t SourceStep() const { return channels_first ? in.depth : 1; }
-  RowPixels InPixels() const { return {Period(), Repeats(), channels_first ? 1 : Sources(), in.column}; }
-  // From one tap of the filter to the next, and from one value of it to the next that is of the same source.
+  RowPixels InPixels() const {
+    return {Period(), Repeats(), channels_first ? 1 : Sources(), in.column};
+  }
+  // From one tap of the filter to the next, and from one value of it to the next that is of the same
+  // source.
   int64_t TapStep() const { return sizes.channels * sizes.multiplier; }
   int64_t ValueStep() const { return Sources(); }
   // The taps of the filter, in the order in which they are packed.
   std::vector<int64_t> Taps() const;
 };
-
-// Whether rows are the better vectors for it.
-bool PrefersRows(const RowCall& call, bool is_filter_grad);
 
 void ConvolveRows(ffi::ThreadPool& pool, const RowCall& call);
 void CorrelateRows(ffi::ThreadPool& pool, const RowCall& call);
@@ -65,18 +66,19 @@ constexpr int64_t kRowBytes = 16 << 10;
 // Tasks for each thread.
 constexpr int64_t kTasks = 4;
 
-// Rows that there are, and columns of a phase. Of the columns those outside are zeros, which may be there
-// already.
+// Rows that there are, and columns of a phase, of which those outside are zeros.
 struct RowWindow {
   int64_t row, row_step, rows;
   int64_t phase, column_step, column, columns;
   int64_t size;  // columns of the phase that there are
-  bool has_zeros;
+
+  int64_t Begin() const;                      // columns before the first that there is
+  int64_t First(const Tensor& tensor) const;  // elements to that one
 };
 
-// Packs them, from value `first` of `to` on.
-void CopyWindow(const Kernels& kernels, RowPixels pixels, int64_t row_step, const char* plane,
-                const RowWindow& window, Line* to, int64_t first, int64_t to_step);
+// How they are packed, from value `first` of `to` on. From where is left open.
+RowCopy CopyOf(const RowWindow& window, RowPixels pixels, int64_t row_step, Line* to, int64_t first,
+               int64_t to_step);
 
 }  // namespace jax_dwbp
 

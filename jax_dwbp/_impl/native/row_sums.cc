@@ -43,8 +43,8 @@ INLINE void AddLines(typename Vector<T>::type (&sums)[kRows][kColumns], const Ro
   }
 }
 
-// The sums of kRows rows of the filter from row r on, and of kColumns columns from s on, of the vector v of
-// each line.
+// The sums of kRows rows of the filter from row r on, and of kColumns columns from s on, of the vector
+// v of each line.
 template <typename T, int kRows, int kColumns>
 __attribute__((noinline)) void SumTaps(const RowCorrelation& corr, int64_t r, int64_t s, int64_t v) {
   using V = typename Vector<T>::type;
@@ -65,14 +65,18 @@ __attribute__((noinline)) void SumTaps(const RowCorrelation& corr, int64_t r, in
     }
     chained = 0;
   };
+  // A division takes as long as the products of a short row.
+  const auto in_steps = [&](int64_t count) {
+    return corr.row_dilation == 1 ? count : count / corr.row_dilation;
+  };
   for (int64_t row = 0; row < corr.in_rows; ++row, read += corr.in_step) {
-    // The row of dy that meets it by row r of the filter, and how many rows of the filter meet it too early
-    // or too late.
+    // The row of dy that meets it by row r of the filter, and how many rows of the filter meet it too
+    // early or too late.
     const int64_t met = row - corr.offset - r * corr.row_dilation;
     if (met < 0) continue;
     const int64_t late = met - corr.dy_rows + 1;
-    const int64_t first = late <= 0 ? 0 : (late + corr.row_dilation - 1) / corr.row_dilation;
-    const int64_t last = Min(met / corr.row_dilation, rows - 1);
+    const int64_t first = late <= 0 ? 0 : in_steps(late + corr.row_dilation - 1);
+    const int64_t last = Min(in_steps(met), rows - 1);
     if (first > last) continue;
     const T* const dy = dys + (met - first * corr.row_dilation) * corr.dy_step;
     WithRows<kRows>(first, last, [&](auto first, auto last) __attribute__((always_inline)) {
@@ -161,6 +165,6 @@ constexpr RowSums Table() {
 }  // namespace
 
 const RowSums OF_INSTRUCTION_SET(RowSums)[4] = {Table<Half>(), Table<Brain>(), Table<float>(),
-                                                 Table<double>()};
+                                                Table<double>()};
 
 }  // namespace jax_dwbp

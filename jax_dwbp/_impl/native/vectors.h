@@ -276,6 +276,27 @@ INLINE void LoadUpTo(const S* from, T* to, int64_t count) {
 #endif
 }
 
+// Loads the first `count` values that a line has, and stores no others.
+template <typename S, typename T>
+INLINE void LoadSome(const S* from, T* to, int64_t count) {
+#if defined(__AVX512F__)
+  const auto some = LoadRaw(from, count);
+  if constexpr (sizeof(S) == sizeof(T)) {
+    StoreRaw<T>(some, count, to);
+  } else {
+    StoreRaw<T>(reinterpret_cast<__m512>(Widen(reinterpret_cast<HalfWords>(some), S())), count, to);
+  }
+#else
+  if constexpr (sizeof(S) == sizeof(T)) {
+    CopySome(from, to, count);
+  } else {
+    T values[kLanes<T>];
+    LoadUpTo(from, values, count);
+    CopySome(values, to, count);
+  }
+#endif
+}
+
 template <typename S, typename T>
 INLINE void StoreWholeLine(const typename Vector<T>::type (&line)[kVectors], S* to) {
   constexpr int kStep = VECTOR_BYTES / sizeof(T);
@@ -292,9 +313,17 @@ INLINE void StoreWholeLine(const typename Vector<T>::type (&line)[kVectors], S* 
 template <typename S, typename T>
 INLINE void StoreLine(const typename Vector<T>::type (&line)[kVectors], int64_t count, S* to) {
   if (count >= kLanes<T>) return StoreWholeLine<S, T>(line, to);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == sizeof(T)) {
+    StoreRaw<S>(reinterpret_cast<typename Raw<S>::type>(line[0]), count, to);
+  } else {
+    StoreRaw<S>(reinterpret_cast<__m256i>(Narrow(line[0], S())), count, to);
+  }
+#else
   S values[kLanes<T>];
   StoreWholeLine<S, T>(line, values);
   CopySome(values, to, count);
+#endif
 }
 
 // The rows of some taps that make a running sum.
