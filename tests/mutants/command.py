@@ -27,6 +27,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,8 @@ _COPIED = ("jax_dwbp", "tests", "pyproject.toml", "README.md", ".github", "noteb
 _NOT_EDITABLE = """import sys
 sys.meta_path = [f for f in sys.meta_path if not type(f).__name__.startswith("ScikitBuild")]
 """
+# What parses Python loads its grammar once, and not from two threads.
+_PLANTING = threading.Lock()
 _OUTCOMES = ("killed", "survived", "passed", "error")
 
 
@@ -123,7 +126,8 @@ def _result(values: flags.FlagValues, directory: Path, fault: Fault) -> _Result:
     start = time.perf_counter()
     try:
         source = (_ROOT / "jax_dwbp" / fault.file).read_text()
-        text = source if values.check else planted(source, fault)
+        with _PLANTING:
+            text = source if values.check else planted(source, fault)
         outcome, detail = "passed", ""
         if not values.dry_run:
             outcome, detail = _tested(directory, values.timeout, fault, text)

@@ -294,6 +294,8 @@ FAULTS = [
         ROW_REDUCTION,
         ("if (columns * plan_.period != values_) Fold();", "", ROWS),
         ("band != band_ || tile != tile_", "band != band_", ROWS),
+        ("call.out.row * call.rows.out - lanes", "call.out.row * call.rows.out", SANITIZERS),
+        ("lines_ + slot * plan_.SumLines() + corr.sums", "lines_ + corr.sums", ROWS),
         ("std::max<int64_t>(0, row + region.first)", "row + region.first", SANITIZERS),
         ("call.rows.Before(i) * call.columns.kernel + call.columns.Before(j)", "0", ROWS),
         ("kFoldLines = 2048", "kFoldLines = int64_t{1} << 40", LIKE),

@@ -123,7 +123,7 @@ struct RowCorrelation {
   const Line* in;
   int64_t first;  // the value that the first tap reads for the first line
   int64_t in_step, in_rows;
-  const Line* dy;
+  const void* dy;  // packed or of the caller, of which a line is read to its end behind what counts
   int64_t dy_first, dy_step, dy_rows;
   int64_t offset, row_dilation;
   int64_t kernel_rows, kernel_columns;

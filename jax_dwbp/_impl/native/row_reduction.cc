@@ -13,6 +13,9 @@ constexpr int64_t kParts = 32;
 constexpr int64_t kPartBytes = 4 << 20;
 // Of so many lines the sums join those of others.
 constexpr int64_t kFoldLines = 2048;
+// Bytes of the sums of filters that are summed at a time, so that planes are read in the order of
+// memory.
+constexpr int64_t kSumBytes = 16 << 10;
 
 // How the work is cut. All but the threads is fixed by the shapes.
 struct SumPlan {
@@ -25,6 +28,8 @@ struct SumPlan {
   int64_t in_step, dy_step;
   int64_t units, parts;    // of a filter
   int64_t threads, group;  // filters of a task
+  int64_t slots;           // filters that are summed at a time
+  bool reads_dy;           // in place, where that may be
   int64_t in_lines, dy_lines, fold_lines, lines;
 
   SumPlan(const RowCall& call, int64_t pool_threads)
@@ -62,7 +67,31 @@ struct SumPlan {
     // With what the last line reads behind its row.
     in_lines = rows.Packed(band) * in_step / lanes + 1;
     dy_lines = band * dy_step / lanes + 1;
-    lines = in_lines + dy_lines + 2 * variants * taps + fold_lines;
+    const int64_t most_slots = kSumBytes / static_cast<int64_t>(sizeof(Line)) / SumLines();
+    slots = std::clamp<int64_t>(most_slots, 1, group);
+    lines = in_lines + dy_lines + slots * (SumLines() + fold_lines);
+    reads_dy = call.kernels.element_size == element && call.out.column == period;
+  }
+
+  // Of a filter: a line for each tap of whole lines of a row, and one of what is left.
+  int64_t SumLines() const { return 2 * variants * taps; }
+
+  // Where a filter's planes lie in an image of its problem.
+  int64_t Image(int64_t filter, int64_t unit) const {
+    return filter / call.Planes() * call.sizes.batch + unit / tiles / bands;
+  }
+  const char* X(int64_t filter, int64_t unit) const {
+    const int64_t plane = Image(filter, unit) * call.in.image + call.InPlane(filter % call.Planes());
+    return call.in.data + plane * call.kernels.element_size;
+  }
+  const char* Dy(int64_t filter, int64_t unit) const {
+    const int64_t plane = Image(filter, unit) * call.out.image + call.OutPlane(filter % call.Planes());
+    return call.out.data + plane * call.kernels.element_size;
+  }
+  // Whether that is read in place: behind each row of it there has to be a line, be it of no account.
+  bool ReadsDy(const char* plane) const {
+    const int64_t rest = call.sizes.problems * call.out.problem - call.out.row * call.rows.out - lanes;
+    return reads_dy && plane - call.out.data <= rest * call.kernels.element_size;
   }
 };
 
@@ -71,48 +100,57 @@ struct SumPlan {
 class Sums {
  public:
   Sums(const SumPlan& plan, Line* memory)
-      : plan_(plan), in_(memory), dy_(in_ + plan.in_lines), lines_{dy_ + plan.dy_lines, nullptr} {
-    lines_[1] = lines_[0] + plan.variants * plan.taps;
-    Clear();
+      : plan_(plan), in_(memory), dy_(in_ + plan.in_lines), lines_(dy_ + plan.dy_lines) {
     const RowCall& call = plan.call;
     copies_.reserve(1 + call.rows.regions.Size() * call.columns.regions.Size());
     correlations_.reserve(2 * plan.variants * call.rows.taps.Size() * call.columns.taps.Size());
   }
 
-  // What comes next is added to that.
-  void Begin(Line* total) {
-    total_ = total;
-    std::memset(total, 0, plan_.fold_lines * sizeof(Line));
+  // What comes next is added to the totals of so many filters.
+  void Begin(Line* totals, int64_t slots) {
+    totals_ = totals, slots_ = slots;
+    std::memset(totals, 0, slots * plan_.fold_lines * sizeof(Line));
+    Clear();
   }
 
-  // Adds what is in some rows and columns of an image, after which come those of the next one or
-  // others.
-  void Add(const char* x_plane, const char* dy_plane, int64_t band, int64_t tile, bool is_last) {
+  // What comes next is in some rows and columns of an image.
+  void BeginUnit(int64_t band, int64_t tile) {
     if (band != band_ || tile != tile_) List(band, tile);
     if (summed_ + lines_of_unit_ > kFoldLines) Fold();
     summed_ += lines_of_unit_;
-    const bool is_whole = plan_.bands * plan_.tiles == 1;
+  }
+
+  // Adds it for one of the filters. What is read next lies so many bytes ahead.
+  void Add(int64_t slot, const char* x_plane, const char* dy_plane, int64_t x_ahead, int64_t dy_ahead) {
+    const bool reads_dy = plan_.ReadsDy(dy_plane);
     for (Copy& copy : copies_) {
+      if (copy.is_dy && reads_dy) continue;
       copy.rows.from = (copy.is_dy ? dy_plane : x_plane) + copy.from;
-      // The planes of a filter lie images apart, which no processor foresees.
-      const int64_t image = (copy.is_dy ? plan_.call.out : plan_.call.in).image;
-      copy.rows.ahead = is_whole && !is_last ? image * plan_.call.kernels.element_size : 0;
+      copy.rows.ahead = copy.is_dy ? dy_ahead : x_ahead;
       plan_.call.kernels.row_moves->copy(copy.rows);
       // The zeros around it are there now.
       copy.rows.before = copy.rows.after = 0;
     }
-    for (const RowCorrelation& corr : correlations_) plan_.call.kernels.row_sums->correlate(corr);
+    for (Correlation& corr : correlations_) {
+      corr.rows.dy = reads_dy ? dy_plane + dy_from_ : reinterpret_cast<const char*>(dy_);
+      corr.rows.dy_step = reads_dy ? plan_.call.out.row : plan_.dy_step;
+      corr.rows.sums = lines_ + slot * plan_.SumLines() + corr.sums;
+      plan_.call.kernels.row_sums->correlate(corr.rows);
+    }
   }
 
-  // Adds to the total what is in lines.
+  // Adds to the totals what is in lines.
   void Fold() {
-    if (summed_ == 0) return;
-    for (int64_t variant = 0; variant < plan_.variants; ++variant) {
-      const int64_t counts[] = {WholeLines(variant) > 0 ? LineValues() : 0, Rest(variant)};
-      for (int i = 0; i < 2; ++i) {
-        if (counts[i] == 0) continue;
-        plan_.call.kernels.row_sums->fold({lines_[i] + variant * plan_.taps, plan_.taps, plan_.period,
-                                           variant * plan_.lanes % plan_.period, counts[i], total_});
+    for (int64_t slot = 0; slot < slots_ && summed_ > 0; ++slot) {
+      const Line* lines = lines_ + slot * plan_.SumLines();
+      for (int64_t variant = 0; variant < plan_.variants; ++variant) {
+        const int64_t counts[] = {WholeLines(variant) > 0 ? LineValues() : 0, Rest(variant)};
+        for (int i = 0; i < 2; ++i, lines += plan_.taps) {
+          if (counts[i] == 0) continue;
+          plan_.call.kernels.row_sums->fold({lines, plan_.taps, plan_.period,
+                                             variant * plan_.lanes % plan_.period, counts[i],
+                                             totals_ + slot * plan_.fold_lines});
+        }
       }
     }
     Clear();
@@ -124,9 +162,13 @@ class Sums {
     int64_t from;  // bytes from the plane's first element
     bool is_dy;
   };
+  struct Correlation {
+    RowCorrelation rows;
+    int64_t sums;  // lines from the first of the filter
+  };
 
   void Clear() {
-    std::memset(lines_[0], 0, 2 * plan_.variants * plan_.taps * sizeof(Line));
+    std::memset(lines_, 0, slots_ * plan_.SumLines() * sizeof(Line));
     summed_ = 0;
   }
   // Values of a line that count, whole lines of a row, and what the last one has.
@@ -160,6 +202,7 @@ class Sums {
                            .columns = columns,
                            .size = call.columns.out};
     ListCopy(window, {plan_.period, 1, 1, call.out.column}, call.out, dy_, 0, plan_.dy_step, true);
+    dy_from_ = copies_.back().from;
     for (int64_t i = 0; i < call.rows.regions.Size(); ++i) {
       const RowRegion& region = call.rows.regions[i];
       const int64_t in_row = std::max<int64_t>(0, row + region.first);
@@ -186,23 +229,24 @@ class Sums {
           const int64_t counts[] = {whole, Rest(variant) > 0};
           for (int k = 0; k < 2; ++k) {
             if (counts[k] == 0) continue;
-            correlations_.push_back({.in = in_,
-                                     .first = first + firsts[k],
-                                     .in_step = plan_.in_step,
-                                     .in_rows = in_end - in_row,
-                                     .dy = dy_,
-                                     .dy_first = firsts[k],
-                                     .dy_step = plan_.dy_step,
-                                     .dy_rows = rows,
-                                     .offset = row + region.first - in_row,
-                                     .row_dilation = call.rows.dilation,
-                                     .kernel_rows = call.rows.taps[i].count,
-                                     .kernel_columns = call.columns.taps[j].count,
-                                     .tap_step = call.columns.dilation * plan_.period,
-                                     .lines = counts[k],
-                                     .line_step = plan_.line_step,
-                                     .sums = lines_[k] + variant * plan_.taps + line,
-                                     .sum_step = call.columns.kernel});
+            const RowCorrelation corr{.in = in_,
+                                      .first = first + firsts[k],
+                                      .in_step = plan_.in_step,
+                                      .in_rows = in_end - in_row,
+                                      .dy = nullptr,
+                                      .dy_first = firsts[k],
+                                      .dy_step = 0,
+                                      .dy_rows = rows,
+                                      .offset = row + region.first - in_row,
+                                      .row_dilation = call.rows.dilation,
+                                      .kernel_rows = call.rows.taps[i].count,
+                                      .kernel_columns = call.columns.taps[j].count,
+                                      .tap_step = call.columns.dilation * plan_.period,
+                                      .lines = counts[k],
+                                      .line_step = plan_.line_step,
+                                      .sums = nullptr,
+                                      .sum_step = call.columns.kernel};
+            correlations_.push_back({corr, (2 * variant + k) * plan_.taps + line});
           }
         }
       }
@@ -217,13 +261,16 @@ class Sums {
 
   const SumPlan& plan_;
   Line *const in_, *const dy_;
-  Line* lines_[2];  // of whole lines, and of the one at the end of each row, which may be less
-  Line* total_ = nullptr;
+  Line* const
+      lines_;  // of each filter, those of whole lines before those of the one at the end of a row
+  Line* totals_ = nullptr;
+  int64_t slots_ = 0;
   int64_t band_ = -1, tile_ = -1;  // what is listed
+  int64_t dy_from_ = 0;            // bytes from a plane's first element
   int64_t values_ = 0;             // of a row
   int64_t lines_of_unit_ = 0, summed_ = 0;
   std::vector<Copy> copies_;
-  std::vector<RowCorrelation> correlations_;
+  std::vector<Correlation> correlations_;
 };
 
 }  // namespace
@@ -247,21 +294,27 @@ void CorrelateRows(ffi::ThreadPool& pool, const RowCall& call) {
     Line* const lines = scratch.Lines(plan.lines);
     Sums sums(plan, lines);
     const int64_t end = std::min((group + 1) * plan.group, plan.filters);
-    for (int64_t filter = group * plan.group; filter < end; ++filter) {
-      Line* const total = has_parts ? memory.get() + (filter * plan.parts + part) * plan.fold_lines
-                                    : lines + plan.lines - plan.fold_lines;
-      sums.Begin(total);
-      const int64_t problem = filter / channels, channel = filter % channels;
+    for (int64_t filter = group * plan.group, slots; filter < end; filter += slots) {
+      slots = std::min(plan.slots, end - filter);
+      Line* const totals = has_parts ? memory.get() + (filter * plan.parts + part) * plan.fold_lines
+                                     : lines + plan.lines - slots * plan.fold_lines;
+      sums.Begin(totals, slots);
       const int64_t last = (part + 1) * plan.units / plan.parts;
       for (int64_t unit = part * plan.units / plan.parts; unit < last; ++unit) {
-        const int64_t tile = unit % plan.tiles, band = unit / plan.tiles % plan.bands;
-        const int64_t image = problem * call.sizes.batch + unit / plan.tiles / plan.bands;
-        sums.Add(call.in.data + (image * call.in.image + call.InPlane(channel)) * element,
-                 call.out.data + (image * call.out.image + call.OutPlane(channel)) * element, band,
-                 tile, unit + 1 == last);
+        sums.BeginUnit(unit / plan.tiles % plan.bands, unit % plan.tiles);
+        for (int64_t slot = 0; slot < slots; ++slot) {
+          const char *const x = plan.X(filter + slot, unit), *const dy = plan.Dy(filter + slot, unit);
+          const bool is_next = slot + 1 < slots, is_last = !is_next && unit + 1 == last;
+          const int64_t next_filter = is_next ? filter + slot + 1 : filter;
+          const int64_t next_unit = is_next || is_last ? unit : unit + 1;
+          sums.Add(slot, x, dy, is_last ? 0 : plan.X(next_filter, next_unit) - x,
+                   is_last ? 0 : plan.Dy(next_filter, next_unit) - dy);
+        }
       }
       sums.Fold();
-      if (!has_parts) join(filter, total);
+      for (int64_t slot = 0; slot < slots && !has_parts; ++slot) {
+        join(filter + slot, totals + slot * plan.fold_lines);
+      }
     }
   });
   for (int64_t filter = 0; filter < plan.filters && has_parts; ++filter) {
