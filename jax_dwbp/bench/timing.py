@@ -83,7 +83,7 @@ def _contestants(task: Task, names: Sequence[str], peers: Sequence[str]) -> list
         if reason is None:
             try:
                 contestants.append(PEERS[peer].contestant(task, *folded))
-            except RuntimeError as error:  # of a kernel that it lacks
+            except (RuntimeError, AttributeError) as error:  # of a kernel that it lacks
                 reason = " ".join(str(error).split())
         if reason is not None:
             print(f"  without {peer}: {reason}", file=sys.stderr)

@@ -24,7 +24,8 @@
 namespace jax_dwbp {
 namespace {
 
-// So many running sums are added one after the other, then such sums pairwise.
+// So many running sums are added one after the other, then such sums pairwise: those of a piece of few
+// rows, which may be two, count as one.
 constexpr int64_t kGroup = 4;
 // Taps of a long row that make a running sum.
 constexpr int64_t kRowPart = 16;
@@ -249,7 +250,7 @@ __attribute__((noinline)) void ConvolveBlocks(const RowConvolution& convolution,
         AS_POINTER(out);
         if (o < rows) StoreLine<S, T>(sums.of[o][l], block.values, out);
         // What is written next, of which a processor would wait for each line.
-        __builtin_prefetch(out + kRows * kLines * conv.out_step, 1);
+        if (o + kRows * kLines < rows) __builtin_prefetch(out + kRows * kLines * conv.out_step, 1);
       }
     }
   }

@@ -20,17 +20,22 @@ struct Line;
 constexpr int64_t kMostLinesOfPixel = 8;
 
 // How pixels of the caller's array are packed, in elements. Value v of a pixel is v / repeats *
-// value_step behind its first one.
+// value_step behind its first one. The vector code of each instruction set asks it, so all is inlined:
+// one of their copies must not be linked for all CPUs.
 struct RowPixels {
   int64_t period;  // values
   int64_t repeats, value_step;
   int64_t column_step;  // from one pixel to the next
 
-  bool AreDense() const { return repeats == 1 && value_step == 1 && column_step == period; }
+  __attribute__((always_inline)) bool AreDense() const {
+    return repeats == 1 && value_step == 1 && column_step == period;
+  }
   // From the first value of a pixel to behind its last one.
-  int64_t Span() const { return (period - 1) / repeats * value_step + 1; }
+  __attribute__((always_inline)) int64_t Span() const {
+    return (period - 1) / repeats * value_step + 1;
+  }
   // Pixels that two lines have and one line holds, of which 0 says less than a whole one.
-  int64_t AtOnce(int64_t lanes) const {
+  __attribute__((always_inline)) int64_t AtOnce(int64_t lanes) const {
     const int64_t read = (2 * lanes - Span()) / column_step + 1;
     return read < lanes / period ? read : lanes / period;
   }
@@ -66,8 +71,8 @@ struct RowWeights {
 // two phases lines are read behind what counts.
 struct RowInterleave {
   const void* from;
-  int64_t from_step,
-      from_row_step;  // elements from one phase to the next, and from one row to the next
+  int64_t from_step;      // elements from one phase to the next
+  int64_t from_row_step;  // and from one row to the next
   int64_t rows;
   int64_t phases, period;
   int64_t count;  // values of a row of the result
@@ -97,8 +102,8 @@ struct RowConvolution {
   int64_t in_step;  // values from one row to the next
   const RowPiece* pieces;
   int64_t piece_count;
-  const int64_t*
-      columns;  // of the filter: the values from what a row's first value is to what each reads
+  // Of the filter: the values from what a row's first value is to what each reads.
+  const int64_t* columns;
   int64_t column_count;
   const Line* weights;
   int64_t weight_step;  // lines from one row of the filter to the next

@@ -14,7 +14,7 @@ namespace jax_dwbp {
 namespace {
 
 INLINE void Fetch(const void* from, int64_t ahead) {
-  __builtin_prefetch(static_cast<const char*>(from) + ahead, 0, 2);
+  if (ahead) __builtin_prefetch(static_cast<const char*>(from) + ahead, 0, 2);
 }
 
 #if defined(__AVX512F__)

@@ -10,7 +10,7 @@ constexpr int64_t kMostBytes = 2 << 20;
 // Bytes of weights that are packed for all images.
 constexpr int64_t kFilterBytes = 16 << 10;
 // Calls of a kernel for a part, which are listed.
-constexpr int64_t kMostSums = 4096;
+constexpr int64_t kMostSums = 1024;
 
 }  // namespace
 
@@ -47,13 +47,12 @@ RowPlan::RowPlan(const RowCall& call, int64_t pool_threads)
   const int64_t fitting_filters = kFilterBytes / static_cast<int64_t>(sizeof(Line)) / weight_lines;
   filters =
       group == 1 || call.sizes.batch == 1 ? 1 : std::clamp<int64_t>(fitting_filters, 1, call.Planes());
-  packed_rows = RoundUp(band, turn);
   phase_step = RoundUp(tile * period, lanes);
   const int64_t phases = columns.OutPhases();
   const int64_t phase_bytes = band * phases * phase_step * call.kernels.element_size;
   // What is read last is read up to a line too far.
   phase_lines = columns.write_step == 1 ? 0 : CeilDiv(phase_bytes, sizeof(Line)) + 1;
-  source_lines = CeilDiv(rows.Packed(packed_rows) * in_step, lanes);
+  source_lines = CeilDiv(rows.Packed(band) * in_step, lanes);
   lines = filters * weight_lines + phase_lines + call.Sources() * source_lines + 1;
   reads.reserve(columns.kernel);
   for (int64_t i = 0; i < columns.taps.Size(); ++i) {
@@ -91,7 +90,8 @@ bool PrefersRows(const RowCall& call, bool is_filter_grad) {
   const int64_t taps = call.Sources() * rows.kernel * columns.kernel;
   const int64_t most_lines = kMostBytes / static_cast<int64_t>(sizeof(Line));
   if (taps > most_lines) return false;
-  // By one thread, which has the largest parts. A filter gradient packs as much of dy.
+  // By one thread, which has the largest parts. A filter gradient packs about as much: dy instead of
+  // phases, and twice the lines of sums.
   const RowPlan plan(call, 1);
   if (plan.lines > most_lines) return false;
   if (plan.Sums(plan.band) > kMostSums) return false;

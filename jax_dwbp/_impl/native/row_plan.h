@@ -17,10 +17,9 @@ struct RowPlan {
   int64_t threads;
   int64_t tile, tiles;    // columns
   bool by_row;            // no rows are computed together
-  int64_t band, bands;    // rows
+  int64_t band, bands;    // rows, with those that are computed in vain
   int64_t group, groups;  // planes
   int64_t filters;        // that are packed at a time
-  int64_t packed_rows;    // of a region, with those that are computed in vain
   int64_t in_step;        // values from one packed row to the next
   int64_t phase_step;     // elements from one phase of a row to the next, before they are stored
   int64_t variant_lines, weight_lines, phase_lines, source_lines, lines;

@@ -70,7 +70,7 @@ struct SumPlan {
     const int64_t most_slots = kSumBytes / static_cast<int64_t>(sizeof(Line)) / SumLines();
     slots = std::clamp<int64_t>(most_slots, 1, group);
     lines = in_lines + dy_lines + slots * (SumLines() + fold_lines);
-    reads_dy = call.kernels.element_size == element && call.out.column == period;
+    reads_dy = call.kernels.element_size == element;
   }
 
   // Of a filter: a line for each tap of whole lines of a row, and one of what is left.
@@ -261,8 +261,8 @@ class Sums {
 
   const SumPlan& plan_;
   Line *const in_, *const dy_;
-  Line* const
-      lines_;  // of each filter, those of whole lines before those of the one at the end of a row
+  // Of each filter, those of whole lines before those of the one at the end of a row.
+  Line* const lines_;
   Line* totals_ = nullptr;
   int64_t slots_ = 0;
   int64_t band_ = -1, tile_ = -1;  // what is listed
@@ -304,7 +304,9 @@ void CorrelateRows(ffi::ThreadPool& pool, const RowCall& call) {
         sums.BeginUnit(unit / plan.tiles % plan.bands, unit % plan.tiles);
         for (int64_t slot = 0; slot < slots; ++slot) {
           const char *const x = plan.X(filter + slot, unit), *const dy = plan.Dy(filter + slot, unit);
-          const bool is_next = slot + 1 < slots, is_last = !is_next && unit + 1 == last;
+          const bool is_next = slot + 1 < slots;
+          // Bands and tiles of one image are read in the order of memory.
+          const bool is_last = !is_next && (plan.bands * plan.tiles > 1 || unit + 1 == last);
           const int64_t next_filter = is_next ? filter + slot + 1 : filter;
           const int64_t next_unit = is_next || is_last ? unit : unit + 1;
           sums.Add(slot, x, dy, is_last ? 0 : plan.X(next_filter, next_unit) - x,

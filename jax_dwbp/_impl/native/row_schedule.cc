@@ -7,7 +7,6 @@
 
 #include "row_schedule.h"
 
-#include "row_lanes.h"
 #include "row_plan.h"
 
 namespace jax_dwbp {
@@ -83,7 +82,7 @@ class Steps {
       const int64_t first = part_.row + region.first, count = part_.rows + region.extra;
       const int64_t begin = std::clamp<int64_t>(-first, 0, count);
       const int64_t end = std::clamp(rows.InSize(region.phase) - first, begin, count);
-      const int64_t start = rows.Start(i, plan_.packed_rows);
+      const int64_t start = rows.Start(i, plan_.band);
       char* const bytes = reinterpret_cast<char*>(to) + start * row_bytes;
       std::memset(bytes, 0, begin * row_bytes);
       std::memset(bytes + end * row_bytes, 0, (count - end) * row_bytes);
@@ -118,7 +117,7 @@ class Steps {
     for (int64_t i = taps.begin; i < taps.end; ++i) {
       for (int64_t source = 0; source < call_.Sources(); ++source) {
         pieces_[piece_count_++] = {
-            rows.Read(i, plan_.packed_rows) * plan_.in_step + source * plan_.source_lines * plan_.lanes,
+            rows.Read(i, plan_.band) * plan_.in_step + source * plan_.source_lines * plan_.lanes,
             (rows.Before(i) + source * rows.kernel) * columns.kernel, rows.taps[i].count};
       }
     }
@@ -288,7 +287,7 @@ void ConvolveRows(ffi::ThreadPool& pool, const RowCall& call) {
                 const int64_t group = task / plan.tiles / plan.bands;
                 const int64_t row = band * plan.band, column = tile * plan.tile;
                 Line* const filters = scratch.Lines(plan.lines);
-                if (std::exchange(scratch.filter, 0) < 0) scratch.held.assign(plan.filters, -1);
+                if (scratch.held.empty()) scratch.held.assign(plan.filters, -1);
                 Steps steps(plan,
                             {row, std::min(plan.band, call.rows.OutSize(0) - row), column,
                              std::min(plan.tile, call.columns.OutSize(0) - column)},

@@ -1,4 +1,4 @@
-// The ops by rows: which of them, and what is packed and computed when.
+// The ops by rows: what is packed and computed when.
 
 #ifndef JAX_DWBP_ROW_SCHEDULE_H_
 #define JAX_DWBP_ROW_SCHEDULE_H_

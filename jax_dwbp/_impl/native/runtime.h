@@ -61,7 +61,7 @@ struct Tensor {
 struct Scratch {
   std::unique_ptr<Line[]> memory;
   int64_t capacity = 0;
-  std::vector<int64_t> held;  // for each slot of a ring, what it holds
+  std::vector<int64_t> held;  // for each slot, which row or filter is packed there
   std::vector<const char*> rows;
   std::vector<const Line*> weights[2];
   std::vector<Line*> sums;
@@ -164,6 +164,7 @@ void ParallelFor(ffi::ThreadPool& pool, int64_t threads, int64_t count, int64_t 
   const auto work = [loop, count, lines, &body](int64_t own) {
     Scratch& scratch = ThreadScratch();
     scratch.filter = scratch.tile = -1;
+    scratch.held.clear();
     const int64_t ran = loop->Run(own, [&](int64_t task) {
       // What is thrown may not end a thread of the pool, nor this call while others work for it. Only
       // what allocates throws.
