@@ -242,7 +242,7 @@ FAULTS = [
         RUNTIME,
         ("row(channels_first ? sizes[4]", "row(channels_first ? sizes[3]", LARGE),
         ("scratch.filter = scratch.tile = -1;", "scratch.tile = -1;", FORWARD),
-        ("scratch.filter = scratch.tile = -1;", "scratch.filter = -1;", FORWARD),
+        ("scratch.filter = scratch.tile = -1;", "scratch.filter = -1;", CHANNELS),
         ("if (loop->failed) std::rethrow_exception(loop->error);", "", SANITIZERS),
         ("if (loop->failed) return;", "", SANITIZERS),
         ('value != std::string_view("0")', "true", HUGE),
