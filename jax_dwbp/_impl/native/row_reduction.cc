@@ -99,12 +99,19 @@ struct SumPlan {
 // small planes it would take longer to list than to do.
 class Sums {
  public:
-  Sums(const SumPlan& plan, Line* memory)
-      : plan_(plan), in_(memory), dy_(in_ + plan.in_lines), lines_(dy_ + plan.dy_lines) {
-    const RowCall& call = plan.call;
-    copies_.reserve(1 + call.rows.regions.Size() * call.columns.regions.Size());
-    correlations_.reserve(2 * plan.variants * call.rows.taps.Size() * call.columns.taps.Size());
+  // Lines that the lists of a unit take.
+  static int64_t ListLines(const SumPlan& plan) {
+    return ListIn<Copy>::Lines(Copies(plan.call)) +
+           ListIn<Correlation>::Lines(2 * plan.variants * Regions(plan.call));
   }
+
+  Sums(const SumPlan& plan, Line* memory)
+      : plan_(plan),
+        in_(memory),
+        dy_(in_ + plan.in_lines),
+        lines_(dy_ + plan.dy_lines),
+        copies_(memory + plan.lines),
+        correlations_(memory + plan.lines + ListIn<Copy>::Lines(Copies(plan.call))) {}
 
   // What comes next is added to the totals of so many filters.
   void Begin(Line* totals, int64_t slots) {
@@ -167,6 +174,11 @@ class Sums {
     int64_t sums;  // lines from the first of the filter
   };
 
+  static int64_t Regions(const RowCall& call) {
+    return call.rows.regions.Size() * call.columns.regions.Size();
+  }
+  static int64_t Copies(const RowCall& call) { return 1 + Regions(call); }
+
   void Clear() {
     std::memset(lines_, 0, slots_ * plan_.SumLines() * sizeof(Line));
     summed_ = 0;
@@ -191,8 +203,8 @@ class Sums {
     if (columns * plan_.period != values_) Fold();
     values_ = columns * plan_.period;
     lines_of_unit_ = rows * (CeilDiv(values_, plan_.line_step) + 1);
-    copies_.clear();
-    correlations_.clear();
+    copies_.Clear();
+    correlations_.Clear();
     const RowWindow window{.row = row,
                            .row_step = 1,
                            .rows = rows,
@@ -202,7 +214,7 @@ class Sums {
                            .columns = columns,
                            .size = call.columns.out};
     ListCopy(window, {plan_.period, 1, 1, call.out.column}, call.out, dy_, 0, plan_.dy_step, true);
-    dy_from_ = copies_.back().from;
+    dy_from_ = copies_.begin()->from;
     for (int64_t i = 0; i < call.rows.regions.Size(); ++i) {
       const RowRegion& region = call.rows.regions[i];
       const int64_t in_row = std::max<int64_t>(0, row + region.first);
@@ -246,7 +258,7 @@ class Sums {
                                       .line_step = plan_.line_step,
                                       .sums = nullptr,
                                       .sum_step = call.columns.kernel};
-            correlations_.push_back({corr, (2 * variant + k) * plan_.taps + line});
+            correlations_.Add({corr, (2 * variant + k) * plan_.taps + line});
           }
         }
       }
@@ -255,8 +267,8 @@ class Sums {
 
   void ListCopy(const RowWindow& window, const RowPixels& pixels, const Tensor& tensor, Line* to,
                 int64_t first, int64_t to_step, bool is_dy) {
-    copies_.push_back({CopyOf(window, pixels, tensor.row, to, first, to_step),
-                       window.First(tensor) * plan_.call.kernels.element_size, is_dy});
+    copies_.Add({CopyOf(window, pixels, tensor.row, to, first, to_step),
+                 window.First(tensor) * plan_.call.kernels.element_size, is_dy});
   }
 
   const SumPlan& plan_;
@@ -269,8 +281,8 @@ class Sums {
   int64_t dy_from_ = 0;            // bytes from a plane's first element
   int64_t values_ = 0;             // of a row
   int64_t lines_of_unit_ = 0, summed_ = 0;
-  std::vector<Copy> copies_;
-  std::vector<Correlation> correlations_;
+  ListIn<Copy> copies_;
+  ListIn<Correlation> correlations_;
 };
 
 }  // namespace
@@ -289,15 +301,16 @@ void CorrelateRows(ffi::ThreadPool& pool, const RowCall& call) {
     kernels.join({parts, plan.parts, plan.fold_lines * plan.lanes, taps.data(), plan.taps, plan.period,
                   call.filter.data + out * element, call.TapStep()});
   };
-  ParallelFor(pool, plan.threads, groups * plan.parts, plan.lines, [&](Scratch& scratch, int64_t task) {
+  const int64_t lines = plan.lines + Sums::ListLines(plan);
+  ParallelFor(pool, plan.threads, groups * plan.parts, lines, [&](Scratch& scratch, int64_t task) {
     const int64_t part = task % plan.parts, group = task / plan.parts;
-    Line* const lines = scratch.Lines(plan.lines);
-    Sums sums(plan, lines);
+    Line* const memory_of_task = scratch.Lines(lines);
+    Sums sums(plan, memory_of_task);
     const int64_t end = std::min((group + 1) * plan.group, plan.filters);
     for (int64_t filter = group * plan.group, slots; filter < end; filter += slots) {
       slots = std::min(plan.slots, end - filter);
       Line* const totals = has_parts ? memory.get() + (filter * plan.parts + part) * plan.fold_lines
-                                     : lines + plan.lines - slots * plan.fold_lines;
+                                     : memory_of_task + plan.lines - slots * plan.fold_lines;
       sums.Begin(totals, slots);
       const int64_t last = (part + 1) * plan.units / plan.parts;
       for (int64_t unit = part * plan.units / plan.parts; unit < last; ++unit) {

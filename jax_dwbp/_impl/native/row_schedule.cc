@@ -21,13 +21,21 @@ struct Part {
 // them but for where the plane lies: of small planes it would take longer to list than to do.
 class Steps {
  public:
-  Steps(const RowPlan& plan, const Part& part, Line* memory)
-      : plan_(plan), call_(plan.call), part_(part), phases_(memory), in_(phases_ + plan.phase_lines) {
-    const RowAxis &rows = call_.rows, &columns = call_.columns;
-    copies_.reserve(call_.Sources() * rows.regions.Size() * columns.regions.Size());
+  // Lines that the lists of a part take.
+  static int64_t ListLines(const RowPlan& plan) {
+    return ListIn<Copy>::Lines(Copies(plan.call)) + ListIn<Sum>::Lines(plan.Sums(plan.band));
+  }
+
+  Steps(const RowPlan& plan, const Part& part, Line* memory, Line* lists)
+      : plan_(plan),
+        call_(plan.call),
+        part_(part),
+        phases_(memory),
+        in_(phases_ + plan.phase_lines),
+        copies_(lists),
+        sums_(lists + ListIn<Copy>::Lines(Copies(plan.call))) {
     for (int64_t source = 0; source < call_.Sources(); ++source) ListCopies(source);
-    sums_.reserve(plan.Sums(part.rows));
-    for (int64_t phase = 0; phase < rows.OutPhases(); ++phase) ListRowPhase(phase);
+    for (int64_t phase = 0; phase < call_.rows.OutPhases(); ++phase) ListRowPhase(phase);
   }
 
   // For the plane whose input and result start there. What the next plane reads lies `ahead` bytes
@@ -40,7 +48,7 @@ class Steps {
       // The zeros around it are there now.
       copy.rows.before = copy.rows.after = 0;
     }
-    auto sum = sums_.begin();
+    Sum* sum = sums_.begin();
     for (RowPhase& phase : row_phases_) {
       for (; sum < sums_.begin() + phase.sums_end; ++sum) {
         sum->rows.weights = weights + sum->weight;
@@ -70,6 +78,10 @@ class Steps {
     int64_t sums_end;
   };
 
+  static int64_t Copies(const RowCall& call) {
+    return call.Sources() * call.rows.regions.Size() * call.columns.regions.Size();
+  }
+
   // Whether columns of the result are computed phase by phase, and stored when all of them are there.
   bool HasPhases() const { return call_.columns.write_step > 1; }
 
@@ -97,7 +109,7 @@ class Steps {
                                .columns = part_.columns + side.extra,
                                .size = columns.InSize(side.phase)};
         const int64_t values = columns.Start(j, plan_.tile) * plan_.period;
-        copies_.push_back(
+        copies_.Add(
             {CopyOf(window, call_.InPixels(), call_.in.row, to,
                     (start + begin) * plan_.in_step + values, plan_.in_step),
              (window.First(call_.in) + source * call_.SourceStep()) * call_.kernels.element_size});
@@ -142,7 +154,7 @@ class Steps {
                     .to = nullptr,
                     .to_step = rows.write_step * call_.out.row};
     }
-    phase.sums_end = sums_.size();
+    phase.sums_end = sums_.Size();
     row_phases_.Add(phase);
   }
 
@@ -173,7 +185,7 @@ class Steps {
                                   .out = to ? to + skipped : nullptr,
                                   .out_step = rows.dilation * out_step,
                                   .by_row = plan_.by_row};
-        sums_.push_back({conv, variant * plan_.variant_lines + first, out + skipped});
+        sums_.Add({conv, variant * plan_.variant_lines + first, out + skipped});
       }
     }
   }
@@ -182,8 +194,8 @@ class Steps {
   const RowCall& call_;
   const Part part_;
   Line *const phases_, *const in_;
-  std::vector<Copy> copies_;
-  std::vector<Sum> sums_;
+  ListIn<Copy> copies_;
+  ListIn<Sum> sums_;
   RowPiece pieces_[kMostPieces];
   int64_t piece_count_ = 0;
   Few<RowPhase> row_phases_;
@@ -281,17 +293,18 @@ void ConvolveRows(ffi::ThreadPool& pool, const RowCall& call) {
   const std::vector<int64_t> taps = call.Taps();
   const int64_t element = call.kernels.element_size;
   PreferHugePages(call.out.data, call.sizes.problems * call.sizes.batch * call.out.image * element);
-  ParallelFor(pool, plan.threads, plan.groups * plan.bands * plan.tiles, plan.lines,
+  const int64_t lines = plan.lines + Steps::ListLines(plan);
+  ParallelFor(pool, plan.threads, plan.groups * plan.bands * plan.tiles, lines,
               [&](Scratch& scratch, int64_t task) {
                 const int64_t tile = task % plan.tiles, band = task / plan.tiles % plan.bands;
                 const int64_t group = task / plan.tiles / plan.bands;
                 const int64_t row = band * plan.band, column = tile * plan.tile;
-                Line* const filters = scratch.Lines(plan.lines);
+                Line* const filters = scratch.Lines(lines);
                 if (scratch.held.empty()) scratch.held.assign(plan.filters, -1);
                 Steps steps(plan,
                             {row, std::min(plan.band, call.rows.OutSize(0) - row), column,
                              std::min(plan.tile, call.columns.OutSize(0) - column)},
-                            filters + plan.filters * plan.weight_lines);
+                            filters + plan.filters * plan.weight_lines, filters + plan.lines);
                 const int64_t first = group * plan.group,
                               end = std::min(first + plan.group, plan.planes);
                 Plane plane(plan, first);

@@ -3,6 +3,7 @@
 #ifndef JAX_DWBP_ROW_SCHEDULE_H_
 #define JAX_DWBP_ROW_SCHEDULE_H_
 
+#include <new>
 #include <numeric>
 
 #include "row_axis.h"
@@ -65,6 +66,26 @@ constexpr int64_t kBandBytes = 128 << 10;
 constexpr int64_t kRowBytes = 16 << 10;
 // Tasks for each thread.
 constexpr int64_t kTasks = 4;
+
+// A list in memory that is there: what a task lists takes none of its own.
+template <typename T>
+class ListIn {
+ public:
+  static int64_t Lines(int64_t count) {
+    return CeilDiv(count * static_cast<int64_t>(sizeof(T)), sizeof(Line));
+  }
+  explicit ListIn(Line* memory) : items_(reinterpret_cast<T*>(memory)) {}
+
+  void Add(const T& item) { new (items_ + size_++) T(item); }
+  void Clear() { size_ = 0; }
+  int64_t Size() const { return size_; }
+  T* begin() { return items_; }
+  T* end() { return items_ + size_; }
+
+ private:
+  T* items_;
+  int64_t size_ = 0;
+};
 
 // Rows that there are, and columns of a phase, of which those outside are zeros.
 struct RowWindow {
