@@ -31,17 +31,6 @@ INLINE __m256i Permute(__m256i a, Places places, __m256i b) {
   return _mm256_permutex2var_epi16(a, _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(places)), b);
 }
 
-// The line that values of a caller's array make, and zeros where there are none.
-template <typename S>
-INLINE auto LoadWidened(const S* from, int64_t count) {
-  const typename Raw<S>::type values = LoadRaw(from, count);
-  if constexpr (sizeof(S) == 2) {
-    return reinterpret_cast<__m512>(Widen(reinterpret_cast<HalfWords>(values), S()));
-  } else {
-    return values;
-  }
-}
-
 // Where the values of a line, of which the first is value `first` of a pixel, lie in what is read.
 template <int kCount>
 INLINE Places PlacesOf(const RowPixels& pixels, int64_t first) {

@@ -276,16 +276,24 @@ INLINE void LoadUpTo(const S* from, T* to, int64_t count) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// The line that values of a caller's array make, and zeros where there are none.
+template <typename S>
+INLINE auto LoadWidened(const S* from, int64_t count) {
+  const typename Raw<S>::type values = LoadRaw(from, count);
+  if constexpr (sizeof(S) == 2) {
+    return reinterpret_cast<__m512>(Widen(reinterpret_cast<HalfWords>(values), S()));
+  } else {
+    return values;
+  }
+}
+#endif
+
 // Loads the first `count` values that a line has, and stores no others.
 template <typename S, typename T>
 INLINE void LoadSome(const S* from, T* to, int64_t count) {
 #if defined(__AVX512F__)
-  const auto some = LoadRaw(from, count);
-  if constexpr (sizeof(S) == sizeof(T)) {
-    StoreRaw<T>(some, count, to);
-  } else {
-    StoreRaw<T>(reinterpret_cast<__m512>(Widen(reinterpret_cast<HalfWords>(some), S())), count, to);
-  }
+  StoreRaw<T>(LoadWidened(from, count), count, to);
 #else
   if constexpr (sizeof(S) == sizeof(T)) {
     CopySome(from, to, count);
