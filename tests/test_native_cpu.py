@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import HAS_NATIVE, OPS, Case
+from covering import covering
 from jax import export
 from jax.sharding import AxisType, PartitionSpec
 
@@ -454,6 +455,7 @@ BY_ROWS = (
     Case("tiles_of_two_widths", (40, 1, 5000, 1), (1, 3, 1, 1)),
     Case("long_filter", (1, 1, 300, 2), (1, 64, 2, 1)),
     Case("many_groups", (1, 40, 20, 3), (33, 17, 3, 1)),
+    Case("many_rows", (1, 30, 40, 1), (11, 6, 1, 1)),
     Case("wide_border", (1, 3, 5, 3), (3, 3, 3, 1), padding=((4, 6), (7, 9))),
     Case("cropped", (1, 9, 11, 3), (4, 3, 3, 1), padding=((0, 5), (8, 0))),
     Case("strided", (2, 23, 37, 3), (3, 4, 3, 1), (2, 2)),
@@ -468,6 +470,10 @@ BY_ROWS = (
     Case("multiplied_and_strided", (1, 15, 33, 2), (3, 3, 2, 4), (2, 2)),
     Case("wide_pixels", (1, 9, 31, 3), (3, 3, 3, 8), (2, 2)),
     Case("wide_pixels_apart", (1, 7, 19, 4), (3, 2, 4, 5)),
+    Case("many_multiples", (1, 9, 12, 9), (3, 3, 9, 5)),
+    Case("pairs", (2, 9, 21, 3), (3, 3, 3, 2)),
+    Case("five_rows", (1, 19, 37, 2), (5, 4, 2, 3)),
+    Case("seven_rows", (2, 19, 37, 3), (7, 6, 3, 1)),
     Case("multiplied_bands", (1, 200, 150, 1), (3, 3, 1, 16)),
     Case("many_planes", (3, 7, 9, 61), (3, 3, 61, 1)),
 )
@@ -475,15 +481,12 @@ BY_ROWS = (
 
 @compiled
 @every_op
-@pytest.mark.parametrize("case", BY_ROWS, ids=str)
-def test_by_rows(case, op):
-    for dtype, data_format in itertools.product(
-        ("float32", "bfloat16", "float64"), ("NHWC", "NCHW")
-    ):
-        with jax.enable_x64(dtype == "float64"):
-            a, b = case.operands(op, dtype)
-            got = case.run(op, a, b, data_format, implementation="native_cpu")
-        case.check(op, got, case.expected(op, a, b), dtype)
+@covering(case=BY_ROWS, dtype=("float32", "bfloat16", "float64"), data_format=("NHWC", "NCHW"))
+def test_by_rows(op, case, dtype, data_format):
+    with jax.enable_x64(dtype == "float64"):
+        a, b = case.operands(op, dtype)
+        got = case.run(op, a, b, data_format, implementation="native_cpu")
+    case.check(op, got, case.expected(op, a, b), dtype)
 
 
 @compiled
@@ -501,6 +504,31 @@ def test_by_channels(case, op):
         a, b = wide.operands(op, dtype)
         got = wide.run(op, a, b, implementation="native_cpu")
         wide.check(op, got, wide.expected(op, a, b), dtype)
+
+
+# Planes that are turned to vectors of channels, and back: narrower than a vector, wider, and so
+# narrow that each value is moved alone; strides whose columns are stored one beside the other.
+PLANES = (
+    Case("narrow", (2, 7, 7, 37), (5, 5, 37, 1)),
+    Case("wide", (1, 6, 37, 20), (7, 7, 20, 1)),
+    Case("few_columns", (1, 9, 4, 19), (3, 3, 19, 2)),
+    Case("strided", (2, 14, 15, 37), (5, 5, 37, 1), (2, 2)),
+    Case("strided_wide", (1, 9, 70, 17), (5, 5, 17, 1), (2, 2), ((3, 2), (4, 1))),
+    Case("strided_past_taps", (1, 12, 41, 21), (5, 2, 21, 1), (2, 3)),
+    Case("dilated", (1, 11, 21, 18), (5, 4, 18, 1), (2, 2), dilations=(2, 3)),
+    Case("multiplied", (1, 7, 9, 20), (5, 5, 20, 3)),
+    Case("multiplied_and_strided", (1, 11, 21, 18), (5, 5, 18, 2), (2, 2)),
+)
+
+
+@compiled
+@every_op
+@covering(case=PLANES, dtype=("float32", "bfloat16", "float16", "float64"))
+def test_planes_by_channels(op, case, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        a, b = case.operands(op, dtype)
+        got = case.run(op, a, b, "NCHW", implementation="native_cpu")
+    case.check(op, got, case.expected(op, a, b), dtype)
 
 
 @compiled

@@ -17,14 +17,14 @@ _NAMES = (
     *("row_axis.cc", "row_plan.cc", "row_schedule.cc", "row_reduction.cc"),
     *("row_lanes.cc", "row_sums.cc", "row_moves.cc"),
 )
-_HEADERS = ("runtime.h", "vectors.h", "channel_filter.h", "channel_ring.h")
+_HEADERS = ("runtime.h", "vectors.h", "channel_filter.h", "channel_ring.h", "channel_planes.h")
 FILES = tuple(str(_FOLDER / name) for name in (*_NAMES, *_HEADERS))
 NATIVE_CPU, _, CHANNEL_AXIS, CHANNEL_RING, CHANNEL_SCHEDULE, CHANNEL_REDUCTION, *_ = FILES
 CHANNEL_LANES, CHANNEL_SUMS, CHANNEL_MOVES = FILES[6:9]
 *_, ROW_AXIS, ROW_PLAN, ROW_SCHEDULE, ROW_REDUCTION, ROW_LANES, ROW_SUMS, ROW_MOVES = FILES[
     : len(_NAMES)
 ]
-RUNTIME, VECTORS, CHANNEL_FILTER, CHANNEL_RING_H = FILES[len(_NAMES) :]
+RUNTIME, VECTORS, CHANNEL_FILTER, CHANNEL_RING_H, CHANNEL_PLANES = FILES[len(_NAMES) :]
 # Its names are those of the only kernels, so that nothing chooses among instruction sets.
 _COMPILER = (
     *("g++", "-std=gnu++20", "-O0", "-march=native", "-fPIC", "-fvisibility=hidden"),
@@ -92,6 +92,7 @@ HUGE = "tests/test_native_cpu.py -k huge"
 CHAINS = "tests/test_native_cpu.py -k chains"
 CHANNELS = "tests/test_native_cpu.py -k by_channels"
 LIKE = "tests/test_native_cpu.py -k like_terms"
+PLANES = "tests/test_native_cpu.py -k planes_by_channels"
 ROWS = "tests/test_native_cpu.py -k by_rows"
 SPANS = "tests/test_native_cpu.py -k memory_is"
 ALL = 'tests/test_values.py tests/test_fuzz.py tests/test_native_cpu.py -k "native_cpu or large"'
@@ -200,9 +201,22 @@ FAULTS = [
         (
             "S* values = to + (l * copy.multiplier + m) * copy.depth_step",
             "S* values = to + (m * lanes + l) * copy.depth_step",
-            LARGE,
+            PLANES,
         ),
         ("memcpy(line, lines + t,", "memcpy(line, lines,", CONVERTED),
+    ),
+    *faults(
+        CHANNEL_PLANES,
+        (
+            "places[columns.phases[i]] = i *",
+            "places[columns.phases[i]] = 2 * i *",
+            PLANES,
+        ),
+        ("Max(0, columns.stride * columns.first)", "Max(0, columns.first)", PLANES),
+        ("to[l] < 0 ? &unused : lines + to[l]", "lines + Max(to[l], 0)", PLANES),
+        ("2 * count - half * kCount", "kCount", PLANES),
+        ("half * kCount / 2 + l / 2", "l / 2", PLANES),
+        ("row_step + t * column_step", "row_step + t", PLANES),
     ),
     *faults(
         CHANNEL_FILTER,
@@ -214,7 +228,7 @@ FAULTS = [
     ),
     *faults(
         CHANNEL_LANES,
-        ("if (kBorder && !(segment.lines >> l & 1)) continue;", "", LARGE),
+        ("if (kBorder && !(lines >> l & 1)) continue;", "", LARGE),
         (
             "rows_to(0, 1, Min(end, conv.both_end))",
             "rows_to(0, 1, Min(end, conv.both_begin))",
@@ -228,6 +242,9 @@ FAULTS = [
         ("if (conv.in.column_bytes != F::kStride * conv.in.line_bytes) return false;", "", LARGE),
         ("if (conv.in.row_count != F::kAll) return false;", "", LARGE),
         ("(l - k) / kStride >= kColumns", "(l - k) / kStride > kColumns", LARGE),
+        ("tap.begin <= t && t + kColumns <= tap.end", "true", LARGE),
+        ("adjacent && conv.in.column_bytes == conv.in.line_bytes", "adjacent", LARGE),
+        ("reach.end = Min(reach.end, tap->end)", "reach.end = Max(reach.end, tap->end)", LARGE),
     ),
     *faults(
         CHANNEL_SUMS,
@@ -272,7 +289,7 @@ FAULTS = [
         ROW_PLAN,
         ("axis->in + 64) return false;", "axis->in + 64) continue;", SANITIZERS),
         ("columns.write_step == 1 ? 0 :", "phases == 1 ? 0 :", ROWS),
-        ("if (plan.lines > most_lines) return false;", "", SPANS),
+        ("if (plan.lines + repeated > most_lines) return false;", "", SPANS),
         ("call.channels_first ||", "", ROWS, "another kernel computes the same"),
     ),
     *faults(
@@ -289,6 +306,7 @@ FAULTS = [
         ("columns.out - first_column)", "columns.out)", ROWS),
         (" + source * plan_.source_lines * plan_.lanes", "", ROWS),
         ("(rows.Before(i) + source * rows.kernel)", "rows.Before(i)", ROWS),
+        ("value % plan_.repeats", "0", ROWS),
     ),
     *faults(
         ROW_REDUCTION,
@@ -312,6 +330,8 @@ FAULTS = [
         ("LoadSome(from + whole, to + whole, rest)", "LoadSome(from + whole, to + whole, 1)", ROWS),
         ("if (++value == weights.period) value = 0;", "", SANITIZERS),
         ("from[value * weights.value_step]", "from[value]", ROWS),
+        ("{weights.period, 1, weights.value_step, 0}", "{weights.period, 1, 1, 0}", ROWS),
+        ("if (span <= 2 * kLanes<T>) {", "{", ROWS),
         ("repeat = first % pixels.repeats", "repeat = 0", ROWS),
         ("place += pixels.value_step", "place += 1", ROWS),
         ("there - kCount)", "kCount)", SANITIZERS),
@@ -327,7 +347,10 @@ FAULTS = [
         ROW_LANES,
         ("conv.columns[s] - conv.columns[s - 1] == TapStep(conv)", "true", ROWS),
         ("Max(0, i - kPieceRows + 1)", "Max(0, i - kPieceRows)", ROWS),
-        ("piece->rows == 2", "piece->rows > 0", ROWS),
+        ("(rows == kPieceRows &&", "(rows >= kPieceRows &&", ROWS),
+        ("r % kChainRows > 0) continue;", "true) continue;", CHAINS),
+        ("(conv.read_before + l) / conv.repeats", "l / conv.repeats", ROWS),
+        ("in_line = conv.line_step / conv.repeats;", "in_line = conv.line_step;", ROWS),
         ("if (o < rows) StoreLine", "StoreLine", SANITIZERS),
         ("rows - l * block.rows_of_line", "rows", SANITIZERS),
         ("for (; groups >> level & 1; ++level) total.Add(pairs[level]);", "", ROWS),

@@ -34,21 +34,66 @@ struct Sums {
   typename Vector<T>::type of[kRows][kColumns][kVectors];
 };
 
+// Of all taps of a row of the filter: the columns that meet each of them, and whether the taps, and the
+// columns, read adjacent lines.
+struct Reach {
+  int64_t begin, end;
+  bool is_adjacent;
+};
+
 // Some columns of a result, and the taps that they meet.
 struct Segment {
   int64_t t;  // the first column
   const Tap *begin, *end;
+  // Those that each column meets, if they read adjacent lines. They are added by kTapsAtOnce.
+  const Tap *all_begin, *all_end;
   // At a border: for each tap a bit for each column where it meets more than padding and, where taps
   // are adjacent, a bit for each line that they read and that is there.
   uint8_t meets[kBorderTaps];
   uint32_t lines;
 };
 
-// Columns at a time, and where rows are long and taps few.
-template <typename F>
-constexpr int kMost = F::kReads ? 4 : COLUMNS;
-template <typename F>
-constexpr int kFewer = 0 < F::kTaps && F::kTaps <= 3 && kVectors == 1 ? (kMost<F> + 1) / 2 : kMost<F>;
+// Adds what some taps of a row of the filter give, whose number is known and which read adjacent lines,
+// of which `lines` has a bit for each that is there. Each is loaded once, for all taps and rows.
+template <typename T, typename F, bool kBorder, int kRows, int kColumns>
+INLINE void AddAdjacent(Sums<T, kRows, kColumns>& sums, const char* row, const T* const* weights,
+                        int first, int last, const Tap* taps, uint32_t lines, const Source& in,
+                        Fetch& fetch) {
+  using V = typename Vector<T>::type;
+  constexpr int kTaps = F::kTaps, kStride = F::kStride;
+  V w[kRows][kTaps];
+  const int64_t weight_step = kTaps > 1 ? (taps[1].weight - taps[0].weight) * kLanes<T> : 0;
+  UNROLL for (int i = 0; i < kRows; ++i) {
+    if (i < first || i > last) continue;
+    const T* weight = weights[i] + taps->weight * kLanes<T>;
+    UNROLL for (int k = 0; k < kTaps; ++k, weight += weight_step) {
+      AS_POINTER(weight);
+      w[i][k] = *reinterpret_cast<const V*>(weight);
+      IN_REGISTER(w[i][k]);
+    }
+  }
+  const char* read = row + taps->read;
+  AS_POINTER(read);
+  constexpr int kCount = kLines<F, kColumns>;
+  UNROLL for (int l = 0; l < kCount; ++l, read += in.line_bytes) {
+    // While lines are loaded that have few products.
+    if (kTaps <= 3 * kStride && l % kFetched == kFetched - 1) fetch.Some();
+    // What the next columns read.
+    if (F::kReads && kColumns <= kFewer<F> && l >= kTaps - kStride) {
+      __builtin_prefetch(read + kColumns * in.column_bytes);
+    }
+    if (kBorder && !(lines >> l & 1)) continue;
+    V x = Load<T>(read);
+    IN_REGISTER(x);
+    UNROLL for (int k = 0; k < kTaps; ++k) {
+      if (l < k || (l - k) % kStride || (l - k) / kStride >= kColumns) continue;
+      UNROLL for (int i = 0; i < kRows; ++i) {
+        if (i < first || i > last) continue;
+        sums.of[i][(l - k) / kStride][0] += x * w[i][k];
+      }
+    }
+  }
+}
 
 // Adds what a row of the filter gives to the rows `first` to `last` of the result. At a border some of
 // what taps read isn't there: the products with it are left out.
@@ -57,42 +102,10 @@ INLINE void AddRow(Sums<T, kRows, kColumns>& sums, const char* row, const T* con
                    int last, const Segment& segment, const Source& in, Fetch& fetch) {
   using V = typename Vector<T>::type;
   constexpr int kStep = VECTOR_BYTES / sizeof(T);
-  constexpr int kTaps = F::kTaps, kStride = F::kStride;
+  constexpr int kTaps = F::kTaps;
   const Tap *const begin = segment.begin, *const end = segment.end;
   if constexpr (kTaps > 0 && kVectors == 1) {
-    // Each line is loaded once, for all taps and rows.
-    V w[kRows][kTaps];
-    const int64_t weight_step = kTaps > 1 ? (begin[1].weight - begin[0].weight) * kLanes<T> : 0;
-    UNROLL for (int i = 0; i < kRows; ++i) {
-      if (i < first || i > last) continue;
-      const T* weight = weights[i] + begin->weight * kLanes<T>;
-      UNROLL for (int k = 0; k < kTaps; ++k, weight += weight_step) {
-        AS_POINTER(weight);
-        w[i][k] = *reinterpret_cast<const V*>(weight);
-        IN_REGISTER(w[i][k]);
-      }
-    }
-    const char* read = row + begin->read;
-    AS_POINTER(read);
-    constexpr int kCount = kLines<F, kColumns>;
-    UNROLL for (int l = 0; l < kCount; ++l, read += in.line_bytes) {
-      // While lines are loaded that have few products.
-      if (kTaps <= 3 * kStride && l % kFetched == kFetched - 1) fetch.Some();
-      // What the next columns read.
-      if (F::kReads && kColumns <= kFewer<F> && l >= kTaps - kStride) {
-        __builtin_prefetch(read + kColumns * in.column_bytes);
-      }
-      if (kBorder && !(segment.lines >> l & 1)) continue;
-      V x = Load<T>(read);
-      IN_REGISTER(x);
-      UNROLL for (int k = 0; k < kTaps; ++k) {
-        if (l < k || (l - k) % kStride || (l - k) / kStride >= kColumns) continue;
-        UNROLL for (int i = 0; i < kRows; ++i) {
-          if (i < first || i > last) continue;
-          sums.of[i][(l - k) / kStride][0] += x * w[i][k];
-        }
-      }
-    }
+    AddAdjacent<T, F, kBorder>(sums, row, weights, first, last, begin, segment.lines, in, fetch);
   } else {
     const auto add = [&](const Tap* tap) __attribute__((always_inline)) {
       const char* read = row + tap->read;
@@ -118,7 +131,17 @@ INLINE void AddRow(Sums<T, kRows, kColumns>& sums, const char* row, const T* con
     if constexpr (kTaps > 0) {
       UNROLL for (int k = 0; k < kTaps; ++k) add(begin + k);
     } else {
-      for (const Tap* tap = begin; tap < end; ++tap) add(tap);
+      const Tap* tap = begin;
+      if constexpr (kAddsAtOnce<T, kColumns>) {
+        if (segment.all_end - segment.all_begin >= kTapsAtOnce) {
+          for (; tap < segment.all_begin; ++tap) add(tap);
+          for (; segment.all_end - tap >= kTapsAtOnce; tap += kTapsAtOnce) {
+            AddAdjacent<T, Filter<kTapsAtOnce>, false>(sums, row, weights, first, last, tap, 0, in,
+                                                       fetch);
+          }
+        }
+      }
+      for (; tap < end; ++tap) add(tap);
     }
   }
 }
@@ -239,7 +262,7 @@ __attribute__((noinline)) void ConvolveSegment(const Convolution& convolution, c
 }
 
 template <typename T, typename F, int kRows, int kColumns>
-INLINE void ConvolveColumns(const Convolution& conv, int64_t t) {
+INLINE void ConvolveColumns(const Convolution& conv, const Reach& reach, int64_t t) {
   Segment segment;
   segment.t = t, segment.begin = conv.taps, segment.end = conv.taps + conv.tap_count;
   const bool is_wide = conv.tap_count > kSkip;
@@ -250,11 +273,14 @@ INLINE void ConvolveColumns(const Convolution& conv, int64_t t) {
   }
   // What is packed has lines of zeros for the padding, but a wide filter would meet too many of them.
   const int64_t taps = segment.end - segment.begin;
-  bool border = false;
-  for (int64_t i = 0; (is_wide || !conv.in.packed) && taps <= kBorderTaps && i < taps; ++i) {
-    border |= segment.begin[i].begin > t || segment.begin[i].end < t + kColumns;
-  }
+  segment.all_begin = segment.begin;
+  segment.all_end = reach.is_adjacent ? segment.end : segment.begin;
+  const bool border = (is_wide || !conv.in.packed) && taps <= kBorderTaps &&
+                      (reach.begin > t || reach.end < t + kColumns);
   if (!border) return ConvolveSegment<T, F, false, kRows, kColumns>(conv, segment);
+  const auto is_met = [=](const Tap& tap) { return tap.begin <= t && t + kColumns <= tap.end; };
+  while (segment.all_begin < segment.all_end && !is_met(*segment.all_begin)) ++segment.all_begin;
+  while (segment.all_begin < segment.all_end && !is_met(segment.all_end[-1])) --segment.all_end;
   for (int64_t i = 0; i < taps; ++i) {
     segment.meets[i] = 0;
     for (int j = 0; j < kColumns; ++j) {
@@ -275,23 +301,27 @@ INLINE void ConvolveColumns(const Convolution& conv, int64_t t) {
 
 // The template of a number of columns that is known when it runs.
 template <typename T, typename F, int kRows, int kColumns>
-void ConvolveSome(const Convolution& conv, int64_t columns, int64_t t) {
+void ConvolveSome(const Convolution& conv, const Reach& reach, int64_t columns, int64_t t) {
   if constexpr (kColumns > 0) {
     if (columns == kColumns) {
       // The rows are known only where that is worth the time to compile it.
       constexpr bool kKnown = 3 * kColumns > kMost<F> && sizeof(T) == 4;
       if constexpr (kKnown) {
-        return ConvolveColumns<T, F, kRows, kColumns>(conv, t);
+        return ConvolveColumns<T, F, kRows, kColumns>(conv, reach, t);
       } else {
-        return ConvolveColumns<T, Filter<F::kTaps, F::kStride>, kRows, kColumns>(conv, t);
+        return ConvolveColumns<T, Filter<F::kTaps, F::kStride>, kRows, kColumns>(conv, reach, t);
       }
     }
-    ConvolveSome<T, F, kRows, kColumns - 1>(conv, columns, t);
+    ConvolveSome<T, F, kRows, kColumns - 1>(conv, reach, columns, t);
   }
 }
 
 template <typename T, typename F, int kRows>
-void ConvolveSegments(const Convolution& conv) {
+void ConvolveSegments(const Convolution& conv, bool is_adjacent) {
+  Reach reach{.begin = 0, .end = conv.columns, .is_adjacent = is_adjacent};
+  for (const Tap* tap = conv.taps; tap < conv.taps + conv.tap_count; ++tap) {
+    reach.begin = Max(reach.begin, tap->begin), reach.end = Min(reach.end, tap->end);
+  }
   // Of even size. Blocks of the same columns lie side by side in the result, so that it is written in
   // one stream. What few taps read comes faster from memory where all blocks of some columns span
   // little of it.
@@ -299,7 +329,7 @@ void ConvolveSegments(const Convolution& conv) {
   const int64_t segments = (conv.columns + most - 1) / most;
   for (int64_t i = 0; i < segments; ++i) {
     const int64_t t = i * conv.columns / segments, next = (i + 1) * conv.columns / segments;
-    ConvolveSome<T, F, kRows, kMost<F>>(conv, next - t, t);
+    ConvolveSome<T, F, kRows, kMost<F>>(conv, reach, next - t, t);
   }
 }
 
@@ -317,7 +347,7 @@ void ConvolveFilter(const Convolution& conv) {
       if (conv.both_begin != F::kFirst || conv.both_end != F::kFirst + F::kBoth) return false;
       if (conv.in.row_count != F::kAll) return false;
     }
-    ConvolveSegments<T, F, kRows>(conv);
+    ConvolveSegments<T, F, kRows>(conv, adjacent && conv.in.column_bytes == conv.in.line_bytes);
     return true;
   };
   (convolve(Filters()) || ...);

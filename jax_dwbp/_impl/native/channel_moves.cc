@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "channel_planes.h"
 #include "kernels.h"
 #include "vectors.h"
 
@@ -149,6 +150,12 @@ void Pack(const ChannelCopy& copy, const PackedColumns& columns) {
   using T = typename Compute<S>::type;
   constexpr int64_t kPhases = 8;
   const int64_t planes = (copy.channels + kLanes<T> - 1) / kLanes<T> * copy.multiplier;
+#if defined(__AVX512F__)
+  const bool by_vectors = copy.depth_step != 1 && copy.column_step == 1 &&
+                          columns.stride <= kMostStride && columns.size > kFewColumns;
+#else
+  constexpr bool by_vectors = false;
+#endif
   for (int64_t phase = 0; phase < columns.phase_count; phase += kPhases) {
     const int64_t count = Min(kPhases, columns.phase_count - phase);
     Span spans[kPhases];
@@ -162,10 +169,13 @@ void Pack(const ChannelCopy& copy, const PackedColumns& columns) {
         __builtin_memset(line, 0, span.begin * sizeof(Line));
         __builtin_memset(line + span.end, 0, (columns.width - span.end) * sizeof(Line));
       }
-      if (copy.depth_step != 1) PackPlanes<S>(copy, columns, phase + i, span);
+      if (copy.depth_step != 1 && !by_vectors) PackPlanes<S>(copy, columns, phase + i, span);
     }
     if (copy.depth_step == 1) PackColumns<S>(copy, columns, phase, spans, count);
   }
+#if defined(__AVX512F__)
+  if (by_vectors) PackPlanesByVectors<S>(copy, columns);
+#endif
 }
 
 #if defined(__AVX512F__)
@@ -240,6 +250,16 @@ void Emit(const ChannelCopy& copy, int64_t columns) {
       }
       continue;
     }
+#if defined(__AVX512F__)
+    if (copy.column_step <= 2 && columns > kFewColumns) {
+      for (int64_t m = 0; m < copy.multiplier; ++m) {
+        EmitPlanesByVectors<S>(from + m * copy.plane * kLanes<T>, lanes, columns,
+                               to + m * copy.depth_step, copy.multiplier * copy.depth_step,
+                               copy.column_step);
+      }
+      continue;
+    }
+#endif
     for (int64_t l = 0; l < lanes; ++l) {
       for (int64_t m = 0; m < copy.multiplier; ++m) {
         S* values = to + (l * copy.multiplier + m) * copy.depth_step;
@@ -260,7 +280,8 @@ void Add(Line* a, const Line* b, int64_t lines) {
 }
 
 template <typename S>
-constexpr ChannelMoves kTable = {Pack<S>, Emit<S>, StoreLines<S>, Add<typename Compute<S>::type>};
+constexpr ChannelMoves kTable = {BY_VECTORS, Pack<S>, Emit<S>, StoreLines<S>,
+                                 Add<typename Compute<S>::type>};
 
 }  // namespace
 

@@ -14,8 +14,9 @@ constexpr int64_t kRingBytes = 512 << 10;
 constexpr int64_t kTileBytes = 384 << 10;
 // Columns of a tile are a multiple of this, which is one of the columns that a kernel takes at a time.
 constexpr int64_t kTileColumns = 84;
-// How far ahead a single long row is fetched.
+// How far ahead a single long row is fetched, if it is read in place or packed.
 constexpr int64_t kAheadBytes = 64 << 10;
+constexpr int64_t kAheadColumns = 32;
 
 }  // namespace
 
@@ -118,20 +119,21 @@ void Reader::Pack(int64_t row, Line* to) {
   const Kernels& kernels = plan.call.kernels;
   const Axis &rows = plan.call.rows, &columns = plan.call.columns;
   const Tensor& in = plan.call.in;
-  kernels.channel_moves->pack({.data = const_cast<char*>(image + row * plan.row_bytes),
-                               .lines = to,
-                               .plane = plan.plane,
-                               .channels = channels,
-                               .multiplier = plan.multiplier,
-                               .column_step = in.column,
-                               .depth_step = in.depth,
-                               .ahead = rows.read_step * in.row},
-                              {.phases = columns.phases.data(),
-                               .phase_count = static_cast<int64_t>(columns.phases.size()),
-                               .stride = columns.read_step,
-                               .first = start + plan.First(start),
-                               .width = plan.width,
-                               .size = columns.read_size});
+  kernels.channel_moves->pack(
+      {.data = const_cast<char*>(image + row * plan.row_bytes),
+       .lines = to,
+       .plane = plan.plane,
+       .channels = channels,
+       .multiplier = plan.multiplier,
+       .column_step = in.column,
+       .depth_step = in.depth,
+       .ahead = rows.read_size == 1 ? kAheadColumns * in.column : rows.read_step * in.row},
+      {.phases = columns.phases.data(),
+       .phase_count = static_cast<int64_t>(columns.phases.size()),
+       .stride = columns.read_step,
+       .first = start + plan.First(start),
+       .width = plan.width,
+       .size = columns.read_size});
 }
 
 // Where tiles share a row, only the tile's part of one row lies side by side. Of a single row, what

@@ -113,6 +113,7 @@ struct Correlation {
 
 // Of one instruction set and one data type. Half types are packed to float32.
 struct ChannelMoves {
+  bool by_vectors;  // planes of channels that are apart
   void (*pack)(const ChannelCopy&, const PackedColumns&);
   void (*emit)(const ChannelCopy&, int64_t columns);
   // See Convolution.

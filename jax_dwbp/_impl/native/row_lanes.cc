@@ -2,6 +2,8 @@
 
 #include "row_lanes.h"
 
+#include <type_traits>
+
 #include "kernels.h"
 #include "vectors.h"
 
@@ -11,14 +13,17 @@
 #define ROWS 4
 #define LINES 3
 #define LINES_OF_ONE 4
+#define REPEATS true
 #elif defined(__AVX2__) || defined(__aarch64__)
 #define ROWS 2
 #define LINES 1
 #define LINES_OF_ONE 2
+#define REPEATS false
 #else
 #define ROWS 1
 #define LINES 1
 #define LINES_OF_ONE 1
+#define REPEATS false
 #endif
 
 namespace jax_dwbp {
@@ -52,6 +57,36 @@ struct Sums {
   }
 };
 
+// How a line is read.
+template <typename T>
+struct ReadsEach {
+  INLINE explicit ReadsEach(const RowConvolution&) {}
+  INLINE typename Vector<T>::type operator()(const T* from) const {
+    return Load<T>(reinterpret_cast<const char*>(from));
+  }
+};
+
+#if defined(__AVX512F__)
+// Of what is repeated a line has at most half a line of values: of three repeats or more fewer, of two
+// whole pairs, as lines start at even results.
+template <typename T>
+struct ReadsRepeated {
+  __m512i places;
+
+  INLINE explicit ReadsRepeated(const RowConvolution& conv) {
+    alignas(64) std::conditional_t<sizeof(T) == 4, int32_t, int64_t> values[kLanes<T>];
+    for (int l = 0; l < kLanes<T>; ++l) values[l] = (conv.read_before + l) / conv.repeats;
+    places = _mm512_load_si512(values);
+  }
+  INLINE __m512 operator()(const float* from) const {
+    return _mm512_permutexvar_ps(places, _mm512_castps256_ps512(_mm256_loadu_ps(from)));
+  }
+  INLINE __m512d operator()(const double* from) const {
+    return _mm512_permutexvar_pd(places, _mm512_castpd256_pd512(_mm256_loadu_pd(from)));
+  }
+};
+#endif
+
 // A filter's sizes, if they are known when this is compiled, or 0.
 template <int rows = 0, int columns = 0>
 struct Known {
@@ -60,15 +95,15 @@ struct Known {
 
 // Adds what some taps of a row of the filter give to the rows `first` to `last` of the
 // result; row `first` meets it by row r of the filter, the next by r - 1.
-template <typename T, int kRows, int kLines>
-INLINE void AddTap(Sums<T, kRows, kLines>& sums, const T* read, int64_t line_step, const T* weight,
-                   int64_t row_weights, int first, int last) {
+template <typename T, typename R, int kRows, int kLines>
+INLINE void AddTap(Sums<T, kRows, kLines>& sums, const R& reads, const T* read, int64_t line_step,
+                   const T* weight, int64_t row_weights, int first, int last) {
   using V = typename Vector<T>::type;
   constexpr int kStep = VECTOR_BYTES / sizeof(T);
   UNROLL for (int v = 0; v < kVectors; ++v) {
     V x[kLines];
     UNROLL for (int l = 0; l < kLines; ++l) {
-      x[l] = Load<T>(reinterpret_cast<const char*>(read + l * line_step + v * kStep));
+      x[l] = reads(read + l * line_step + v * kStep);
       if (first < last) IN_ORDER(x[l]);
     }
     UNROLL for (int o = 0; o < kRows; ++o) {
@@ -81,32 +116,48 @@ INLINE void AddTap(Sums<T, kRows, kLines>& sums, const T* read, int64_t line_ste
 }
 
 // Adds what a piece of few rows gives, whose number is known: then so is what meets what.
-template <int kPieceRows, typename T, int kRows, int kLines>
+template <int kPieceRows, typename T, typename R, int kRows, int kLines>
 INLINE void AddPiece(Sums<T, kRows, kLines>& total, Sums<T, kRows, kLines>& sums,
-                     const RowConvolution& conv, const T* row, const T* weights, int64_t line) {
+                     const RowConvolution& conv, const R& reads, const T* row, const T* weights,
+                     int64_t line) {
+  constexpr int kChainRows = 2;
   const int64_t weight_step = conv.weight_step * kLanes<T>;
   UNROLL for (int i = 0; i < kPieceRows + kRows - 1; ++i, row += conv.in_step) {
     AS_POINTER(row);
-    constexpr int kChainRows = 2;
-    if (i >= kChainRows && i - kChainRows < kRows && kPieceRows > kChainRows) {
+    UNROLL for (int o = 0; o < kRows; ++o) {
+      const int r = i - o;
+      if (r <= 0 || r >= kPieceRows || r % kChainRows > 0) continue;
       UNROLL for (int l = 0; l < kLines; ++l) {
         UNROLL for (int v = 0; v < kVectors; ++v) {
-          total.of[i - kChainRows][l][v] += sums.of[i - kChainRows][l][v];
-          sums.of[i - kChainRows][l][v] = typename Vector<T>::type{};
+          total.of[o][l][v] += sums.of[o][l][v];
+          sums.of[o][l][v] = typename Vector<T>::type{};
         }
       }
     }
     const int first = Max(0, i - kPieceRows + 1), last = Min(i, kRows - 1);
     const T* weight = weights + (i - first) * weight_step;
     for (int64_t s = 0; s < conv.column_count; ++s, weight += kLanes<T>) {
-      AddTap(sums, row + conv.columns[s], line, weight, weight_step, first, last);
+      AddTap(sums, reads, row + conv.columns[s], line, weight, weight_step, first, last);
     }
   }
 }
 
+// Adds what a piece gives if it has one of these numbers of rows.
+template <int... kPieceRows, typename T, typename R, int kRows, int kLines>
+INLINE bool AddKnown(Sums<T, kRows, kLines>& total, Sums<T, kRows, kLines>& sums,
+                     const RowConvolution& conv, const R& reads, int64_t rows, const T* row,
+                     const T* weights, int64_t line) {
+  const auto add = [&](auto piece_rows) __attribute__((always_inline)) {
+    AddPiece<decltype(piece_rows)::value>(total, sums, conv, reads, row, weights, line);
+    return true;
+  };
+  return ((rows == kPieceRows && add(Index<kPieceRows>())) || ...);
+}
+
 // The sums of a filter of any size.
-template <typename T, int kRows, int kLines>
-INLINE Sums<T, kRows, kLines> SumAny(const RowConvolution& conv, const T* in, int64_t line) {
+template <typename T, int kRows, int kLines, typename R>
+INLINE Sums<T, kRows, kLines> SumAny(const RowConvolution& conv, const R& reads, const T* in,
+                                     int64_t line) {
   const T* const weights = reinterpret_cast<const T*>(conv.weights);
   const int64_t columns = conv.column_count, weight_step = conv.weight_step * kLanes<T>;
   const int64_t parts = columns < kLongRow ? 1 : (columns + kRowPart - 1) / kRowPart;
@@ -130,14 +181,8 @@ INLINE Sums<T, kRows, kLines> SumAny(const RowConvolution& conv, const T* in, in
   for (const RowPiece* piece = pieces; piece < end; ++piece) {
     const T* row = in + piece->first;
     const T* const first_weight = weights + piece->weight * kLanes<T>;
-    if (kRows > 1 && piece->rows <= 3 && parts == 1) {
-      if (piece->rows == 3) {
-        AddPiece<3>(total, sums, conv, row, first_weight, line);
-      } else if (piece->rows == 2) {
-        AddPiece<2>(total, sums, conv, row, first_weight, line);
-      } else {
-        AddPiece<1>(total, sums, conv, row, first_weight, line);
-      }
+    if (kRows > 1 && parts == 1 &&
+        AddKnown<1, 2, 3, 5, 7>(total, sums, conv, reads, piece->rows, row, first_weight, line)) {
       chain();
       continue;
     }
@@ -149,7 +194,7 @@ INLINE Sums<T, kRows, kLines> SumAny(const RowConvolution& conv, const T* in, in
         WithRows<kRows>(first, last, [&](auto first, auto last) __attribute__((always_inline)) {
           constexpr int kFirst = decltype(first)::value, kLast = decltype(last)::value;
           for (int64_t s = begin; s < part_end; ++s, weight += kLanes<T>) {
-            AddTap(sums, row + conv.columns[s], line, weight, weight_step, kFirst, kLast);
+            AddTap(sums, reads, row + conv.columns[s], line, weight, weight_step, kFirst, kLast);
           }
         });
         if (++chained == chain_rows) chain();
@@ -186,6 +231,7 @@ INLINE Sums<T, kRows, kLines> SumKnown(const RowConvolution& conv, const T* in, 
   constexpr int kChainRows = ChainRows(F::kColumns);
   const T* const weights = reinterpret_cast<const T*>(conv.weights + conv.pieces->weight);
   const int64_t tap_step = TapStep(conv);
+  const ReadsEach<T> reads(conv);
   Sums<T, kRows, kLines> total = {}, sums = {};
   in += conv.pieces->first + conv.columns[0];
   UNROLL for (int i = 0; i < kRows + F::kRows - 1; ++i, in += conv.in_step) {
@@ -205,7 +251,7 @@ INLINE Sums<T, kRows, kLines> SumKnown(const RowConvolution& conv, const T* in, 
     const T* weight = weights + (i - first) * F::kColumns * kLanes<T>;
     AS_POINTER(weight);
     UNROLL for (int s = 0; s < F::kColumns; ++s, read += tap_step, weight += kLanes<T>) {
-      AddTap(sums, read, line, weight, F::kColumns * kLanes<T>, first, last);
+      AddTap(sums, reads, read, line, weight, F::kColumns * kLanes<T>, first, last);
       AS_POINTER(read);
     }
     sums.KeepOrder();
@@ -223,23 +269,25 @@ struct Block {
   int64_t in_line, out_line;   // from one line to the next
   int64_t rows, rows_of_line;  // of the result, of which the first line has the first ones
   int64_t values;              // of each line
-  int64_t blocks, step;        // beside each other
+  int64_t blocks;              // beside each other
+  int64_t in_step, out_step;   // from one of them to the next
 };
 
-template <typename S, typename F, int kRows, int kLines>
+template <typename S, typename F, typename R, int kRows, int kLines>
 __attribute__((noinline)) void ConvolveBlocks(const RowConvolution& convolution,
                                               const Block<S>& block) {
   using T = typename Compute<S>::type;
   // A copy, which no result that is stored may change.
   const RowConvolution conv = convolution;
+  const R reads(conv);
   const T* in = block.in;
   S* first_out = block.out;
-  for (int64_t i = 0; i < block.blocks; ++i, in += block.step, first_out += block.step) {
+  for (int64_t i = 0; i < block.blocks; ++i, in += block.in_step, first_out += block.out_step) {
     Sums<T, kRows, kLines> sums;
     if constexpr (F::kRows > 0) {
       sums = SumKnown<T, F, kRows, kLines>(conv, in, block.in_line);
     } else {
-      sums = SumAny<T, kRows, kLines>(conv, in, block.in_line);
+      sums = SumAny<T, kRows, kLines>(conv, reads, in, block.in_line);
     }
     // Not all of the addresses are to be found ahead of the blocks, of which there may be one.
     UNROLL for (int l = 0; l < kLines; ++l) {
@@ -257,53 +305,68 @@ __attribute__((noinline)) void ConvolveBlocks(const RowConvolution& convolution,
 }
 
 // The template of a number of lines that is known when it runs.
-template <typename S, typename F, int kRows, int kLines>
+template <typename S, typename F, typename R, int kRows, int kLines>
 INLINE void ConvolveStacked(const RowConvolution& conv, const Block<S>& block, int64_t lines) {
   if constexpr (kLines > 1) {
-    if (lines != kLines) return ConvolveStacked<S, F, kRows, kLines - 1>(conv, block, lines);
+    if (lines != kLines) return ConvolveStacked<S, F, R, kRows, kLines - 1>(conv, block, lines);
   }
-  ConvolveBlocks<S, F, kRows, kLines>(conv, block);
+  ConvolveBlocks<S, F, R, kRows, kLines>(conv, block);
 }
 
-template <typename S, typename F, int kRows, int kLines>
+template <typename S, typename F, typename R, int kRows, int kLines>
 void ConvolveRows(const RowConvolution& conv) {
   using T = typename Compute<S>::type;
-  const T* in = reinterpret_cast<const T*>(conv.in);
+  const T* in = reinterpret_cast<const T*>(conv.in) + conv.first;
   S* out = static_cast<S*>(conv.out);
   const int64_t whole_lines =
       conv.width < kLanes<T> ? 0 : (conv.width - kLanes<T>) / conv.line_step + 1;
-  const int64_t blocks = whole_lines / kLines, step = kLines * conv.line_step;
+  const int64_t blocks = whole_lines / kLines, in_line = conv.line_step / conv.repeats;
+  const int64_t in_step = kLines * in_line, out_step = kLines * conv.line_step;
   for (int64_t rows = conv.rows; rows > 0; rows -= kRows * kLines) {
     const int64_t lines = Min((rows + kRows - 1) / kRows, kLines);
     for (int64_t line = 0; line < lines && blocks > 0; ++line) {
       const int64_t row = line * kRows;
-      ConvolveBlocks<S, F, kRows, kLines>(
-          conv, {in + row * conv.in_step, out + row * conv.out_step, conv.line_step, conv.line_step,
-                 rows - row, 0, kLanes<T>, blocks, step});
+      ConvolveBlocks<S, F, R, kRows, kLines>(
+          conv, {in + row * conv.in_step, out + row * conv.out_step, in_line, conv.line_step,
+                 rows - row, 0, kLanes<T>, blocks, in_step, out_step});
     }
     // What is left of the columns.
-    for (int64_t j = blocks * step; j < conv.width; j += conv.line_step) {
-      ConvolveStacked<S, F, kRows, kLines>(conv,
-                                           {in + j, out + j, kRows * conv.in_step,
-                                            kRows * conv.out_step, rows, kRows, conv.width - j, 1, 0},
-                                           lines);
+    for (int64_t j = blocks * kLines; j * conv.line_step < conv.width; ++j) {
+      const int64_t value = j * conv.line_step;
+      ConvolveStacked<S, F, R, kRows, kLines>(
+          conv,
+          {in + j * in_line, out + value, kRows * conv.in_step, kRows * conv.out_step, rows, kRows,
+           conv.width - value, 1, 0, 0},
+          lines);
     }
     in += kRows * kLines * conv.in_step, out += kRows * kLines * conv.out_step;
   }
 }
 
+// How filters are read that nothing is known of.
+template <typename S, typename R>
+INLINE void ConvolveAny(const RowConvolution& conv) {
+  if (conv.by_row) return ConvolveRows<S, Known<>, R, 1, LINES_OF_ONE>(conv);
+  ConvolveRows<S, Known<>, R, ROWS, LINES>(conv);
+}
+
 template <typename S>
 void Convolve(const RowConvolution& conv) {
-  if (conv.by_row) return ConvolveRows<S, Known<>, 1, LINES_OF_ONE>(conv);
-  if constexpr (sizeof(typename Compute<S>::type) == 4) {
-    if (Is<Known<3, 3>>(conv)) return ConvolveRows<S, Known<3, 3>, ROWS, LINES>(conv);
+  using T = typename Compute<S>::type;
+#if defined(__AVX512F__)
+  if (conv.repeats > 1) return ConvolveAny<S, ReadsRepeated<T>>(conv);
+#endif
+  if constexpr (sizeof(T) == 4) {
+    if (!conv.by_row && Is<Known<3, 3>>(conv)) {
+      return ConvolveRows<S, Known<3, 3>, ReadsEach<T>, ROWS, LINES>(conv);
+    }
   }
-  ConvolveRows<S, Known<>, ROWS, LINES>(conv);
+  ConvolveAny<S, ReadsEach<T>>(conv);
 }
 
 template <typename S>
 constexpr RowKernels Table() {
-  return {ROWS, Convolve<S>};
+  return {ROWS, REPEATS, Convolve<S>};
 }
 
 }  // namespace

@@ -99,7 +99,11 @@ struct RowPiece {
 // Rows of a result, which are a sum of pieces.
 struct RowConvolution {
   const Line* in;
-  int64_t in_step;  // values from one row to the next
+  int64_t first;    // values from there to what the first line reads
+  int64_t in_step;  // and from one row to the next
+  // Each value that is packed is read so often, as the results of a depth multiplier do, and was read
+  // so often before the first line.
+  int64_t repeats, read_before;
   const RowPiece* pieces;
   int64_t piece_count;
   // Of the filter: the values from what a row's first value is to what each reads.
@@ -108,7 +112,7 @@ struct RowConvolution {
   const Line* weights;
   int64_t weight_step;  // lines from one row of the filter to the next
   int64_t rows, width;  // of the result
-  int64_t line_step;    // values from one line to the next: a multiple of the weights' period
+  int64_t line_step;    // results from one line to the next: a multiple of the weights' period
   void* out;
   int64_t out_step;  // elements from one row to the next
   bool by_row;       // no rows are computed together
@@ -118,6 +122,7 @@ struct RowConvolution {
 struct RowKernels {
   // Rows are computed so many at a time: behind the last one there may be anything, but must be memory.
   int64_t rows;
+  bool repeats;  // what it reads
   void (*convolve)(const RowConvolution&);
 };
 

@@ -4,12 +4,6 @@
 #include "row_lanes.h"
 #include "vectors.h"
 
-#if defined(__AVX512F__)
-#define BY_VECTORS true
-#else
-#define BY_VECTORS false
-#endif
-
 namespace jax_dwbp {
 namespace {
 
@@ -18,19 +12,6 @@ INLINE void Fetch(const void* from, int64_t ahead) {
 }
 
 #if defined(__AVX512F__)
-typedef int32_t Places __attribute__((vector_size(64)));
-
-INLINE __m512 Permute(__m512 a, Places places, __m512 b) {
-  return _mm512_permutex2var_ps(a, reinterpret_cast<__m512i>(places), b);
-}
-INLINE __m512d Permute(__m512d a, Places places, __m512d b) {
-  const __m256i low = _mm512_castsi512_si256(reinterpret_cast<__m512i>(places));
-  return _mm512_permutex2var_pd(a, _mm512_cvtepi32_epi64(low), b);
-}
-INLINE __m256i Permute(__m256i a, Places places, __m256i b) {
-  return _mm256_permutex2var_epi16(a, _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(places)), b);
-}
-
 // Where the values of a line, of which the first is value `first` of a pixel, lie in what is read.
 template <int kCount>
 INLINE Places PlacesOf(const RowPixels& pixels, int64_t first) {
@@ -201,19 +182,38 @@ template <typename S>
 void PackWeights(const RowWeights& weights) {
   using T = typename Compute<S>::type;
   T* to = reinterpret_cast<T*>(weights.to);
-  for (int64_t i = 0; i < weights.tap_count; ++i, to += kLanes<T>) {
-    const S* const from = static_cast<const S*>(weights.from) + weights.taps[i] * weights.tap_step;
-    if (weights.period == 1) {
+  const auto each_tap = [&](auto pack) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < weights.tap_count; ++i, to += kLanes<T>) {
+      pack(static_cast<const S*>(weights.from) + weights.taps[i] * weights.tap_step);
+    }
+  };
+  if (weights.period == 1) {
+    return each_tap([&](const S* from) __attribute__((always_inline)) {
       T value;
       Convert(*from, value);
       for (int64_t l = 0; l < kLanes<T>; ++l) to[l] = value;
-      continue;
-    }
+    });
+  }
+#if defined(__AVX512F__)
+  // As if they were a pixel that is behind itself.
+  const RowPixels pixels{weights.period, 1, weights.value_step, 0};
+  const int64_t span = pixels.Span();
+  if (span <= 2 * kLanes<T>) {
+    const Places places = PlacesOf<kLanes<T>>(pixels, weights.first);
+    return each_tap([&](const S* from) __attribute__((always_inline)) {
+      const auto read = LoadWidened(from, span);
+      const auto read_behind =
+          span <= kLanes<T> ? read : LoadWidened(from + kLanes<T>, span - kLanes<T>);
+      StoreRaw<T>(Permute(read, places, read_behind), kLanes<T>, to);
+    });
+  }
+#endif
+  each_tap([&](const S* from) __attribute__((always_inline)) {
     for (int64_t l = 0, value = weights.first; l < kLanes<T>; ++l) {
       Convert(from[value * weights.value_step], to[l]);
       if (++value == weights.period) value = 0;
     }
-  }
+  });
 }
 
 template <typename S>

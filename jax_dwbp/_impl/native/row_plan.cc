@@ -19,7 +19,9 @@ RowPlan::RowPlan(const RowCall& call, int64_t pool_threads)
       kernels(*call.kernels.row_lanes),
       period(call.Period()),
       lanes(call.kernels.lanes),
-      planes(call.sizes.problems * call.sizes.batch * call.Planes()) {
+      planes(call.sizes.problems * call.sizes.batch * call.Planes()),
+      pixels(call.InPixels(call.PackedRepeats())),
+      repeats(call.Repeats() / call.PackedRepeats()) {
   const RowAxis &rows = call.rows, &columns = call.columns;
   const int64_t element = sizeof(Line) / lanes, width = columns.OutSize(0), height = rows.OutSize(0);
   variant_lines = call.Sources() * rows.kernel * columns.kernel;
@@ -28,12 +30,12 @@ RowPlan::RowPlan(const RowCall& call, int64_t pool_threads)
   threads = work < kSmall ? 1 : std::max<int64_t>(pool_threads, 1);  // a host may have no pool
   const int64_t wanted = threads == 1 ? 1 : CeilDiv(kTasks * threads, planes);
 
-  const int64_t fitting = columns.Fitting(kRowBytes / element / period);
+  const int64_t fitting = columns.Fitting(kRowBytes / element / pixels.period);
   const int64_t of_one_row = height == 1 ? wanted : 1;
   const int64_t least = 8 * lanes;
   tile = std::min(width, std::max(std::min(fitting, CeilDiv(width, of_one_row)), least));
   tiles = CeilDiv(width, tile);
-  in_step = (CeilDiv(columns.Packed(tile) * period, lanes) | 1) * lanes;
+  in_step = (CeilDiv(columns.Packed(tile) * pixels.period, lanes) | 1) * lanes;
 
   // Rows are summed alike in any band that starts where the kernel's turn would start without bands.
   by_row = rows.MostTaps() == 1 || height <= rows.dilation;
@@ -58,20 +60,21 @@ RowPlan::RowPlan(const RowCall& call, int64_t pool_threads)
   for (int64_t i = 0; i < columns.taps.Size(); ++i) {
     const int64_t first = columns.Read(i, tile);
     for (int64_t k = 0; k < columns.taps[i].count; ++k) {
-      reads.push_back((first + k * columns.dilation) * period);
+      reads.push_back((first + k * columns.dilation) * pixels.period);
     }
   }
 }
 
-// By what both kinds of vectors cost in products of a line. Roughly so: the times of the channels'
-// kernel over those of this one, of forward and filter gradient, on 2 cores with AVX-512 in float32.
-//   NHWC 8x56x56, 3x3: 4 channels 4.4, 4.8; 15 channels 1.4, 1.3; 16, bfloat16 1.5, 2.0
-//   NHWC 8x56x56, 15 channels: 7x7 0.95, 1.04; 11x11 1.04, 1.2
-//   NCHW 3x3: 8x32x56x56 1.8, 1.7; 8x576x14x14 2.2, 1.7; 8x960x7x7 1.3, 0.9; 8x384x3x3 0.6, 0.8
-//   NCHW: 8x384x14x14, 7x7 1.0, 1.0; 8x384x7x7, 7x7 0.5, 0.5; 4x128x28x28, 31x31 0.6, 0.6
-//   stride of 2, NCHW, 5x5: 8x192x28x28 1.5, 1.2; 8x672x14x14 1.0, 0.8
-//   stride of 2, 16x16000x8, 1x16 2.1, 2.1; 1x224x224x3, 3x3, M=8 2.4, 1.6
-//   8x128x128x1, 5x5, M=16 8.3, 9.7
+// By what both kinds of vectors cost in cycles of a processor that multiplies a line in one. Roughly
+// so: the times of the channels' kernel over those of this one, of forward and filter gradient, on 2
+// cores with AVX-512 in float32.
+//   NHWC 8x56x56, 3x3: 1 channel 12, 11; 9 channels 2.4, 3.3; 15 channels 2.4, 2.7; 16,
+//   bfloat16 2.0, 2.8 NHWC 8x56x56, 7x7: 9 channels 1.3, 1.6; 15 channels 1.3, 1.5; 11x11, 15
+//   channels 1.1, 1.6 NHWC 8x56x56, stride of 2, 5x5: 6 channels 2.8, 3.5; 12 channels 1.6, 2.0; 3x5x5,
+//   M=4 5.7, 4.2 NCHW 3x3: 8x144x56x56 1.6, 1.2; 8x576x14x14 1.1, 1.2; 8x960x7x7 0.7, 0.8; 8x384x3x3
+//   0.5, 0.7 NCHW 5x5: 8x240x28x28 1.0, 0.9; 8x672x14x14 0.8, 0.9 NCHW 7x7: 8x192x28x28 0.9, 0.8;
+//   8x384x14x14 0.7, 0.8; 8x768x7x7 0.4, 0.4; 31x31 0.5, 0.6 NCHW, stride of 2: 3x3, 8x96x112x112 1.2,
+//   0.8; 5x5, 8x192x28x28 0.9, 0.9; 8x672x14x14 0.5, 0.5
 // With AVX2: 8x576x14x14 1.5, 1.2; 8x960x7x7 0.8, 0.8; stride of 2, 8x32x112x112 0.5, 0.5.
 bool PrefersRows(const RowCall& call, bool is_filter_grad) {
   const RowAxis &rows = call.rows, &columns = call.columns;
@@ -91,9 +94,10 @@ bool PrefersRows(const RowCall& call, bool is_filter_grad) {
   const int64_t most_lines = kMostBytes / static_cast<int64_t>(sizeof(Line));
   if (taps > most_lines) return false;
   // By one thread, which has the largest parts. A filter gradient packs about as much: dy instead of
-  // phases, and twice the lines of sums.
+  // phases, and twice the lines of sums, but each value as often as it is repeated.
   const RowPlan plan(call, 1);
-  if (plan.lines > most_lines) return false;
+  const int64_t repeated = is_filter_grad ? (plan.repeats - 1) * plan.source_lines : 0;
+  if (plan.lines + repeated > most_lines) return false;
   if (plan.Sums(plan.band) > kMostSums) return false;
   const int64_t height = rows.OutSize(0), dilation = rows.dilation;
   const int64_t together = call.kernels.row_lanes->rows, line_step = std::min(call.LineStep(), lanes);
@@ -101,25 +105,33 @@ bool PrefersRows(const RowCall& call, bool is_filter_grad) {
   const int64_t lines =
       (plan.by_row ? height : turns) * CeilDiv(columns.OutSize(0) * period, line_step);
   const int64_t phases = rows.OutPhases() * columns.OutPhases();
-  int64_t row_cost = taps + lines * (taps + (is_filter_grad ? taps / 2 : 0) + 2 * phases);
+  int64_t row_cost = 60 + 3 * taps + lines * (taps * (is_filter_grad ? 9 : 8) / 6 + 6 * phases);
   // What is moved other than by whole lines.
-  RowPixels pixels = call.InPixels();
+  RowPixels pixels = call.InPixels(is_filter_grad ? call.Repeats() : call.PackedRepeats());
   pixels.column_step *= columns.read_step;
   const bool by_vectors = call.kernels.row_moves->by_vectors;
   const int64_t in = rows.in * columns.in, out = rows.out * columns.out;
   if (!pixels.AreDense()) {
     const int64_t at_once = pixels.AtOnce(lanes);
-    const int64_t moves = at_once > 0 ? CeilDiv(in, at_once) : in * CeilDiv(period, lanes);
+    const int64_t moves = at_once > 0 ? CeilDiv(in, at_once) : in * CeilDiv(pixels.period, lanes);
     const bool are_moved = by_vectors && pixels.Span() <= 2 * lanes;
-    row_cost += call.Sources() * (are_moved ? 4 * moves : 2 * in * period / call.Repeats());
+    row_cost += call.Sources() * (are_moved ? 12 * moves : 2 * in * period / call.Repeats());
   }
   if (columns.write_step > 1) {
     row_cost +=
-        by_vectors && columns.write_step == 2 ? CeilDiv(out * period, line_step) * 4 : 2 * out * period;
+        by_vectors && columns.write_step == 2 ? CeilDiv(out * period, line_step) * 8 : 2 * out * period;
   }
-  const int64_t channel_cost =
-      out * call.sizes.multiplier * (rows.kernel * columns.kernel / phases + 6) +
-      in * call.Sources() * 20;
+  const int64_t multiplier = call.sizes.multiplier;
+  int64_t channel_cost = out * multiplier * rows.kernel * columns.kernel * 5 / 4 / phases;
+  if (call.channels_first && call.kernels.channel_moves->by_vectors) {
+    // Squares of lines are transposed.
+    const int64_t squares =
+        call.Sources() * rows.in * CeilDiv(columns.in, lanes) +
+        multiplier * rows.out * columns.OutPhases() * CeilDiv(columns.OutSize(0), lanes);
+    channel_cost += 12 * lanes * squares;
+  } else {
+    channel_cost += 8 * out * multiplier + (call.channels_first ? 25 : 40) * in * call.Sources();
+  }
   return call.Planes() * row_cost <= CeilDiv(channels, lanes) * channel_cost;
 }
 

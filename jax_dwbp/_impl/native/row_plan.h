@@ -14,6 +14,8 @@ struct RowPlan {
   const RowCall& call;
   const RowKernels& kernels;
   int64_t period, lanes, planes;
+  RowPixels pixels;  // as they are packed
+  int64_t repeats;   // of their values, as they are read
   int64_t threads;
   int64_t tile, tiles;    // columns
   bool by_row;            // no rows are computed together

@@ -233,7 +233,7 @@ class Sums {
                              .column = column + side.first,
                              .columns = columns + side.extra,
                              .size = call.columns.InSize(side.phase)};
-        ListCopy(read, call.InPixels(), call.in, in_, first, plan_.in_step, false);
+        ListCopy(read, call.InPixels(call.Repeats()), call.in, in_, first, plan_.in_step, false);
         const int64_t line = call.rows.Before(i) * call.columns.kernel + call.columns.Before(j);
         for (int64_t variant = 0; variant < plan_.variants; ++variant) {
           const int64_t begin = variant * plan_.lanes, whole = WholeLines(variant);

@@ -108,10 +108,10 @@ class Steps {
                                .column = part_.column + side.first,
                                .columns = part_.columns + side.extra,
                                .size = columns.InSize(side.phase)};
-        const int64_t values = columns.Start(j, plan_.tile) * plan_.period;
+        const int64_t values = columns.Start(j, plan_.tile) * plan_.pixels.period;
         copies_.Add(
-            {CopyOf(window, call_.InPixels(), call_.in.row, to,
-                    (start + begin) * plan_.in_step + values, plan_.in_step),
+            {CopyOf(window, plan_.pixels, call_.in.row, to, (start + begin) * plan_.in_step + values,
+                    plan_.in_step),
              (window.First(call_.in) + source * call_.SourceStep()) * call_.kernels.element_size});
       }
     }
@@ -171,8 +171,11 @@ class Steps {
       for (int64_t variant = 0; variant * plan_.lanes < std::min(call_.LineStep(), width); ++variant) {
         const int64_t value = variant * plan_.lanes;
         const int64_t skipped = (row * out_step + value) * element;
-        const RowConvolution conv{.in = in_ + row * plan_.in_step / plan_.lanes + variant,
+        const RowConvolution conv{.in = in_,
+                                  .first = row * plan_.in_step + value / plan_.repeats,
                                   .in_step = rows.dilation * plan_.in_step,
+                                  .repeats = plan_.repeats,
+                                  .read_before = value % plan_.repeats,
                                   .pieces = pieces,
                                   .piece_count = piece_count,
                                   .columns = plan_.reads.data() + first,
@@ -262,6 +265,8 @@ std::vector<int64_t> RowCall::Taps() const {
   }
   return taps;
 }
+
+int64_t RowCall::PackedRepeats() const { return kernels.row_lanes->repeats ? 1 : Repeats(); }
 
 int64_t RowWindow::Begin() const { return std::clamp<int64_t>(-column, 0, columns); }
 

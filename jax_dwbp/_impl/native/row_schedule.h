@@ -46,9 +46,12 @@ struct RowCall {
   int64_t OutPlane(int64_t plane) const { return plane * out.depth; }
   // From one source to the next.
   int64_t SourceStep() const { return channels_first ? in.depth : 1; }
-  RowPixels InPixels() const {
-    return {Period(), Repeats(), channels_first ? 1 : Sources(), in.column};
+  // How a pixel is packed whose values are repeated so often.
+  RowPixels InPixels(int64_t repeats) const {
+    return {Period() / Repeats() * repeats, repeats, channels_first ? 1 : Sources(), in.column};
   }
+  // That for the forward op: the vector code may repeat values as it reads them.
+  int64_t PackedRepeats() const;
   // From one tap of the filter to the next, and from one value of it to the next that is of the same
   // source.
   int64_t TapStep() const { return sizes.channels * sizes.multiplier; }

@@ -40,6 +40,9 @@
 #define OF_INSTRUCTION_SET(name) Baseline##name
 #endif
 
+// Whether values are moved by permutations of vectors.
+#define BY_VECTORS (VECTOR_BYTES == 64)
+
 namespace jax_dwbp {
 namespace {
 
@@ -194,6 +197,20 @@ struct Raw<double> {
   using type = __m512d;
 };
 
+// Values of two vectors, by where each of the result lies in them.
+typedef int32_t Places __attribute__((vector_size(64)));
+
+INLINE __m512 Permute(__m512 a, Places places, __m512 b) {
+  return _mm512_permutex2var_ps(a, reinterpret_cast<__m512i>(places), b);
+}
+INLINE __m512d Permute(__m512d a, Places places, __m512d b) {
+  const __m256i low = _mm512_castsi512_si256(reinterpret_cast<__m512i>(places));
+  return _mm512_permutex2var_pd(a, _mm512_cvtepi32_epi64(low), b);
+}
+INLINE __m256i Permute(__m256i a, Places places, __m256i b) {
+  return _mm256_permutex2var_epi16(a, _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(places)), b);
+}
+
 // The first `count` of them, be it none or more than there are, and zeros.
 template <typename S>
 INLINE typename Raw<S>::type LoadRaw(const S* from, int64_t count) {
@@ -212,14 +229,9 @@ INLINE typename Raw<S>::type LoadRaw(const S* from, int64_t count) {
   }
 }
 
+// Stores those of them that have a bit.
 template <typename S>
-INLINE void StoreRaw(typename Raw<S>::type values, int64_t count, S* to) {
-  // What is stored by a mask can't be loaded before it is in the cache.
-  if (count >= static_cast<int64_t>(sizeof(values) / sizeof(S))) {
-    __builtin_memcpy(to, &values, sizeof(values));
-    return;
-  }
-  const uint32_t mask = (uint32_t{1} << Max(count, 0)) - 1;
+INLINE void StoreMasked(typename Raw<S>::type values, uint32_t mask, S* to) {
   if constexpr (sizeof(S) == 8) {
     _mm512_mask_storeu_pd(to, mask, values);
   } else if constexpr (sizeof(S) == 4) {
@@ -227,6 +239,16 @@ INLINE void StoreRaw(typename Raw<S>::type values, int64_t count, S* to) {
   } else {
     _mm256_mask_storeu_epi16(to, mask, values);
   }
+}
+
+template <typename S>
+INLINE void StoreRaw(typename Raw<S>::type values, int64_t count, S* to) {
+  // What is stored by a mask can't be loaded before it is in the cache.
+  if (count >= static_cast<int64_t>(sizeof(values) / sizeof(S))) {
+    __builtin_memcpy(to, &values, sizeof(values));
+    return;
+  }
+  StoreMasked<S>(values, (uint32_t{1} << Max(count, 0)) - 1, to);
 }
 #endif
 
@@ -317,16 +339,24 @@ INLINE void StoreWholeLine(const typename Vector<T>::type (&line)[kVectors], S* 
   }
 }
 
+#if defined(__AVX512F__)
+// A line as values of a caller's array.
+template <typename S, typename T>
+INLINE typename Raw<S>::type Rounded(typename Vector<T>::type line) {
+  if constexpr (sizeof(S) == sizeof(T)) {
+    return reinterpret_cast<typename Raw<S>::type>(line);
+  } else {
+    return reinterpret_cast<__m256i>(Narrow(line, S()));
+  }
+}
+#endif
+
 // Stores the first `count` values of a line.
 template <typename S, typename T>
 INLINE void StoreLine(const typename Vector<T>::type (&line)[kVectors], int64_t count, S* to) {
   if (count >= kLanes<T>) return StoreWholeLine<S, T>(line, to);
 #if defined(__AVX512F__)
-  if constexpr (sizeof(S) == sizeof(T)) {
-    StoreRaw<S>(reinterpret_cast<typename Raw<S>::type>(line[0]), count, to);
-  } else {
-    StoreRaw<S>(reinterpret_cast<__m256i>(Narrow(line[0], S())), count, to);
-  }
+  StoreRaw<S>(Rounded<S, T>(line[0]), count, to);
 #else
   S values[kLanes<T>];
   StoreWholeLine<S, T>(line, values);
