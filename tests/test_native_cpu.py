@@ -445,7 +445,7 @@ def test_errors_of_like_terms_do_not_add_up_over_rows():
 # all numbers of rows that are computed together, filters that are known and not, borders wider than
 # what is read, and filters that meet nothing.
 BY_ROWS = (
-    *(Case(f"rows_{rows}", (2, rows, 6, 1), (3, 3, 1, 1)) for rows in range(1, 14)),
+    *(Case(f"rows_{rows}", (2, rows, 18, 1), (3, 3, 1, 1)) for rows in range(1, 14)),
     *(Case(f"width_{width}", (1, 3, width, 1), (3, 3, 1, 1)) for width in (1, 15, 16, 17, 48, 70)),
     Case("tall", (2, 300, 300, 1), (5, 4, 1, 1)),
     Case("dilated", (1, 23, 19, 3), (3, 4, 3, 1), dilations=(3, 2)),
@@ -506,9 +506,35 @@ def test_by_channels(case, op):
         wide.check(op, got, wide.expected(op, a, b), dtype)
 
 
+# Planes that are narrower than a vector, with several rows in each vector, and what leaves out most
+# of them.
+NARROW = (
+    Case("square", (2, 8, 8, 5), (3, 3, 5, 1)),
+    Case("odd", (2, 7, 7, 3), (5, 3, 3, 1)),
+    Case("column", (3, 30, 1, 2), (4, 1, 2, 1)),
+    Case("row", (2, 1, 13, 3), (1, 5, 3, 1)),
+    Case("tall", (1, 41, 9, 2), (3, 4, 2, 1)),
+    Case("multiplied", (2, 8, 10, 3), (3, 3, 3, 4)),
+    Case("dilated", (1, 12, 11, 2), (3, 3, 2, 1), dilations=(3, 4)),
+    Case("padded_below", (1, 6, 8, 3), (4, 3, 3, 1), padding=((0, 7), (0, 2))),
+    Case("padded_above", (1, 5, 7, 2), (3, 3, 2, 1), padding=((9, 0), (2, 0))),
+    Case("valid_rows", (2, 15, 6, 2), (7, 1, 2, 1), padding="VALID"),
+)
+
+
+@compiled
+@every_op
+@covering(case=NARROW, dtype=("float32", "bfloat16", "float16", "float64"))
+def test_narrow_planes(op, case, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        a, b = case.operands(op, dtype)
+        got = case.run(op, a, b, "NCHW", implementation="native_cpu")
+    case.check(op, got, case.expected(op, a, b), dtype)
+
+
 # Planes that are turned to vectors of channels, and back: narrower than a vector, wider, and so
 # narrow that each value is moved alone; strides whose columns are stored one beside the other.
-PLANES = (
+TURNED = (
     Case("narrow", (2, 7, 7, 37), (5, 5, 37, 1)),
     Case("wide", (1, 6, 37, 20), (7, 7, 20, 1)),
     Case("few_columns", (1, 9, 4, 19), (3, 3, 19, 2)),
@@ -523,7 +549,7 @@ PLANES = (
 
 @compiled
 @every_op
-@covering(case=PLANES, dtype=("float32", "bfloat16", "float16", "float64"))
+@covering(case=TURNED, dtype=("float32", "bfloat16", "float16", "float64"))
 def test_planes_by_channels(op, case, dtype):
     with jax.enable_x64(dtype == "float64"):
         a, b = case.operands(op, dtype)

@@ -11,20 +11,19 @@ from mutants.fault import NotPlanted, faults
 
 _FOLDER = Path("_impl/native")
 _NAMES = (
-    *("native_cpu.cc", "kernels.cc", "channel_axis.cc", "channel_ring.cc"),
+    *("native_cpu.cc", "choice.cc", "kernels.cc", "channel_axis.cc", "channel_ring.cc"),
     *("channel_schedule.cc", "channel_reduction.cc"),
     *("channel_lanes.cc", "channel_sums.cc", "channel_moves.cc"),
     *("row_axis.cc", "row_plan.cc", "row_schedule.cc", "row_reduction.cc"),
-    *("row_lanes.cc", "row_sums.cc", "row_moves.cc"),
+    *("row_lanes.cc", "row_sums.cc", "row_moves.cc", "plane_schedule.cc", "plane_lanes.cc"),
 )
 _HEADERS = ("runtime.h", "vectors.h", "channel_filter.h", "channel_ring.h", "channel_planes.h")
 FILES = tuple(str(_FOLDER / name) for name in (*_NAMES, *_HEADERS))
-NATIVE_CPU, _, CHANNEL_AXIS, CHANNEL_RING, CHANNEL_SCHEDULE, CHANNEL_REDUCTION, *_ = FILES
-CHANNEL_LANES, CHANNEL_SUMS, CHANNEL_MOVES = FILES[6:9]
-*_, ROW_AXIS, ROW_PLAN, ROW_SCHEDULE, ROW_REDUCTION, ROW_LANES, ROW_SUMS, ROW_MOVES = FILES[
-    : len(_NAMES)
-]
-RUNTIME, VECTORS, CHANNEL_FILTER, CHANNEL_RING_H, CHANNEL_PLANES = FILES[len(_NAMES) :]
+NATIVE_CPU, CHOICE, _, CHANNEL_AXIS, CHANNEL_RING, *_ = FILES
+CHANNEL_SCHEDULE, CHANNEL_REDUCTION, CHANNEL_LANES, CHANNEL_SUMS, CHANNEL_MOVES = FILES[5:10]
+ROW_AXIS, ROW_PLAN, ROW_SCHEDULE, ROW_REDUCTION, ROW_LANES, ROW_SUMS, ROW_MOVES = FILES[10:17]
+PLANE_SCHEDULE, PLANE_LANES, RUNTIME, VECTORS, *_ = FILES[17:]
+CHANNEL_FILTER, CHANNEL_RING_H, CHANNEL_PLANES = FILES[-3:]
 # Its names are those of the only kernels, so that nothing chooses among instruction sets.
 _COMPILER = (
     *("g++", "-std=gnu++20", "-O0", "-march=native", "-fPIC", "-fvisibility=hidden"),
@@ -92,7 +91,8 @@ HUGE = "tests/test_native_cpu.py -k huge"
 CHAINS = "tests/test_native_cpu.py -k chains"
 CHANNELS = "tests/test_native_cpu.py -k by_channels"
 LIKE = "tests/test_native_cpu.py -k like_terms"
-PLANES = "tests/test_native_cpu.py -k planes_by_channels"
+TURNED = "tests/test_native_cpu.py -k planes_by_channels"
+PLANES = "tests/test_native_cpu.py -k narrow_planes"
 ROWS = "tests/test_native_cpu.py -k by_rows"
 SPANS = "tests/test_native_cpu.py -k memory_is"
 ALL = 'tests/test_values.py tests/test_fuzz.py tests/test_native_cpu.py -k "native_cpu or large"'
@@ -201,7 +201,7 @@ FAULTS = [
         (
             "S* values = to + (l * copy.multiplier + m) * copy.depth_step",
             "S* values = to + (m * lanes + l) * copy.depth_step",
-            PLANES,
+            TURNED,
         ),
         ("memcpy(line, lines + t,", "memcpy(line, lines,", CONVERTED),
     ),
@@ -210,13 +210,13 @@ FAULTS = [
         (
             "places[columns.phases[i]] = i *",
             "places[columns.phases[i]] = 2 * i *",
-            PLANES,
+            TURNED,
         ),
-        ("Max(0, columns.stride * columns.first)", "Max(0, columns.first)", PLANES),
-        ("to[l] < 0 ? &unused : lines + to[l]", "lines + Max(to[l], 0)", PLANES),
-        ("2 * count - half * kCount", "kCount", PLANES),
-        ("half * kCount / 2 + l / 2", "l / 2", PLANES),
-        ("row_step + t * column_step", "row_step + t", PLANES),
+        ("Max(0, columns.stride * columns.first)", "Max(0, columns.first)", TURNED),
+        ("to[l] < 0 ? &unused : lines + to[l]", "lines + Max(to[l], 0)", TURNED),
+        ("2 * count - half * kCount", "kCount", TURNED),
+        ("half * kCount / 2 + l / 2", "l / 2", TURNED),
+        ("row_step + t * column_step", "row_step + t", TURNED),
     ),
     *faults(
         CHANNEL_FILTER,
@@ -286,11 +286,39 @@ FAULTS = [
         ("(bits, Words) << 16)", "(bits, Words) << 15)", CONVERTED),
     ),
     *faults(
+        CHOICE,
+        ("if (HasRows(call, is_filter_grad)) consider", "consider", SANITIZERS),
+        ("!is_filter_grad && HasNarrowPlanes(call)", "!is_filter_grad", ROWS),
+        ("!call.channels_first &&", "", TURNED, "another kernel computes the same"),
+    ),
+    *faults(
+        PLANE_SCHEDULE,
+        ("columns.in == columns.out && ", "", ROWS),
+        ("call.Sources() > 1", "false", ROWS),
+        ("axis->write_step > 1", "false", ROWS),
+        ("if (column < 0 || column >= width) continue;", "if (column < 0) continue;", PLANES),
+        ("std::clamp<int64_t>(rows.in - down, 0, rows.out)", "rows.out", PLANES),
+        (
+            "reads.push_back(down * width + right)",
+            "reads.push_back(down * rows.in + right)",
+            PLANES,
+        ),
+        ("image * call.in.image + call.InPlane(channel)", "plane * call.in.depth", PLANES),
+        ("problem * call.filter.problem + ", "", "tests/test_native_cpu.py -k many_problems"),
+        ("tap * call.TapStep()", "tap * call.sizes.channels", PLANES),
+    ),
+    *faults(
+        PLANE_LANES,
+        ("conv.masks + line * conv.tap_count", "conv.masks", PLANES),
+        ("read + l * kLanes<T>, masks[l]", "read + l * kLanes<T>, masks[0]", PLANES),
+        ("conv.values - first, static_cast", "kLanes<T>, static_cast", PLANES),
+        ("Min(tap + chain, conv.tap_count)", "conv.tap_count", CHAINS),
+    ),
+    *faults(
         ROW_PLAN,
         ("axis->in + 64) return false;", "axis->in + 64) continue;", SANITIZERS),
         ("columns.write_step == 1 ? 0 :", "phases == 1 ? 0 :", ROWS),
-        ("if (plan.lines + repeated > most_lines) return false;", "", SPANS),
-        ("call.channels_first ||", "", ROWS, "another kernel computes the same"),
+        ("return plan.lines + repeated <= most_lines &&", "return", SPANS),
     ),
     *faults(
         ROW_SCHEDULE,
@@ -357,7 +385,12 @@ FAULTS = [
     ),
     *faults(
         ROW_SUMS,
-        ("fold.values / fold.period", "kLanes<T> / fold.period", ROWS),
+        (
+            "count = fold.values / fold.period, half; count > 1; count = half, ++steps",
+            "count = kLanes<T> / fold.period, half; count > 1; count = half, ++steps",
+            ROWS,
+        ),
+        ("(uint32_t{1} << (count - half) * fold.period) - 1", "0xffff", ROWS),
         ("Min(in_steps(met), rows - 1)", "rows - 1", SANITIZERS),
         ("count : count / corr.row_dilation", "count : count", ROWS),
         ("late <= 0 ? 0 :", "true ? 0 :", SANITIZERS),

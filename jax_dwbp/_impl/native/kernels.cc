@@ -2,6 +2,7 @@
 
 #include "kernels.h"
 
+#include "plane_lanes.h"
 #include "row_lanes.h"
 #include "vectors.h"
 
@@ -17,7 +18,12 @@ constexpr Kernels KernelsOf(int i) {
           .channel_sums = &OF_INSTRUCTION_SET(ChannelSums)[i],
           .row_moves = &OF_INSTRUCTION_SET(RowMoves)[i],
           .row_lanes = &OF_INSTRUCTION_SET(RowKernels)[i],
-          .row_sums = &OF_INSTRUCTION_SET(RowSums)[i]};
+          .row_sums = &OF_INSTRUCTION_SET(RowSums)[i],
+#if defined(__AVX512F__)
+          .plane_lanes = &OF_INSTRUCTION_SET(PlaneKernels)[i]};
+#else
+          .plane_lanes = nullptr};
+#endif
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 
 namespace jax_dwbp {
 
+struct PlaneKernels;
 struct RowKernels;
 struct RowMoves;
 struct RowSums;
@@ -144,7 +145,7 @@ extern const ChannelSums BaselineChannelSums[4];
 extern const ChannelSums Avx2ChannelSums[4];
 extern const ChannelSums Avx512ChannelSums[4];
 
-// Those of rows are in row_lanes.h.
+// Those of rows are in row_lanes.h, those of planes in plane_lanes.h.
 struct Kernels {
   int64_t lanes;         // values in a line
   int64_t element_size;  // of the caller's arrays
@@ -154,6 +155,7 @@ struct Kernels {
   const RowMoves* row_moves;
   const RowKernels* row_lanes;
   const RowSums* row_sums;
+  const PlaneKernels* plane_lanes;  // or null
 };
 
 enum class Type { kFloat16, kBFloat16, kFloat32, kFloat64 };

@@ -1,9 +1,10 @@
 // What XLA calls: one handler for the three ops on a CPU.
 //
-// It checks what it is given, chooses the instruction set and between the two kinds of vectors, and
+// It checks what it is given, chooses the instruction set and the kind of vectors (choice.cc), and
 // turns exceptions to errors. In vectors of channels (channel_schedule.cc, channel_reduction.cc) are
 // the adjacent channels of one pixel. In vectors of rows (row_schedule.cc, row_reduction.cc) are
-// neighbours in a row, which is better where channels are few or lie far apart.
+// neighbours in a row, which is better where channels are few or lie far apart, and in vectors of
+// planes (plane_schedule.cc) several rows, where they are short.
 
 #include <algorithm>
 #include <cstdint>
@@ -17,9 +18,10 @@
 
 #include "channel_axis.h"
 #include "channel_schedule.h"
+#include "choice.h"
 #include "kernels.h"
+#include "plane_schedule.h"
 #include "row_axis.h"
-#include "row_plan.h"
 #include "row_schedule.h"
 #include "runtime.h"
 #include "xla/ffi/api/ffi.h"
@@ -166,8 +168,13 @@ void Dispatch(ffi::ThreadPool& pool, const Request& request) {
                         .in = request.In(),
                         .filter = request.f,
                         .out = request.Out()};
-  if (PrefersRows(by_rows, is_filter_grad)) {
-    return (is_filter_grad ? CorrelateRows : ConvolveRows)(pool, by_rows);
+  switch (Choose(by_rows, is_filter_grad)) {
+    case Vectors::kRows:
+      return (is_filter_grad ? CorrelateRows : ConvolveRows)(pool, by_rows);
+    case Vectors::kPlanes:
+      return ConvolvePlanes(pool, by_rows);
+    case Vectors::kChannels:
+      break;
   }
   const ChannelCall by_channels{.kernels = request.kernels,
                                 .sizes = request.ArraySizes(),

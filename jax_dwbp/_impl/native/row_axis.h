@@ -10,6 +10,7 @@
 namespace jax_dwbp {
 
 inline int64_t CeilDiv(int64_t a, int64_t b) { return a / b + (a % b > 0); }
+inline int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 inline int64_t FloorDiv(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 
 // Larger strides are not for rows, nor are multipliers of which more has to be added.

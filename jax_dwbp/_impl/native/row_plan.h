@@ -1,4 +1,4 @@
-// How the forward op and the input gradient by rows are cut to tasks, and whether rows are better.
+// How the forward op and the input gradient by rows are cut to tasks.
 
 #ifndef JAX_DWBP_ROW_PLAN_H_
 #define JAX_DWBP_ROW_PLAN_H_
@@ -36,8 +36,8 @@ struct RowPlan {
   }
 };
 
-// Whether rows are the better vectors for it.
-bool PrefersRows(const RowCall& call, bool is_filter_grad);
+// Whether there are rows for it, as large as scratch allows.
+bool HasRows(const RowCall& call, bool is_filter_grad);
 
 }  // namespace jax_dwbp
 

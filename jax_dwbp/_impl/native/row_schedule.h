@@ -56,6 +56,8 @@ struct RowCall {
   // source.
   int64_t TapStep() const { return sizes.channels * sizes.multiplier; }
   int64_t ValueStep() const { return Sources(); }
+  // Whether no rows of the result are computed together, as none meet the same rows.
+  bool ByRow() const { return rows.MostTaps() == 1 || rows.OutSize(0) <= rows.dilation; }
   // The taps of the filter, in the order in which they are packed.
   std::vector<int64_t> Taps() const;
 };

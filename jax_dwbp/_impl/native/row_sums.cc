@@ -116,11 +116,47 @@ void Correlate(const RowCorrelation& corr) {
   }
 }
 
+#if defined(__AVX512F__)
+// What lies further behind in a line, where there is a bit, and zeros.
+INLINE __m512 Behind(__m512 line, __m512i places, uint32_t mask) {
+  return _mm512_maskz_permutexvar_ps(mask, places, line);
+}
+INLINE __m512d Behind(__m512d line, __m512i places, uint32_t mask) {
+  return _mm512_maskz_permutexvar_pd(mask, _mm512_cvtepi32_epi64(_mm512_castsi512_si256(places)), line);
+}
+
+// What Fold does, of a period that a line has.
+template <typename T>
+INLINE void FoldLines(const RowFold& fold, const T* from, T* to) {
+  constexpr int kSteps = 4;
+  __m512i places[kSteps];
+  uint32_t masks[kSteps];
+  int steps = 0;
+  for (int64_t count = fold.values / fold.period, half; count > 1; count = half, ++steps) {
+    half = (count + 1) / 2;
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    places[steps] = _mm512_add_epi32(lanes, _mm512_set1_epi32(half * fold.period));
+    masks[steps] = (uint32_t{1} << (count - half) * fold.period) - 1;
+  }
+  for (int64_t tap = 0; tap < fold.taps; ++tap, from += kLanes<T>, to += fold.period) {
+    auto line = LoadRaw(from, kLanes<T>);
+    for (int step = 0; step < steps; ++step) line += Behind(line, places[step], masks[step]);
+    // What is stored by a mask would be waited for by the next tap.
+    T values[kLanes<T>];
+    __builtin_memcpy(values, &line, sizeof(values));
+    for (int64_t i = 0; i < fold.period; ++i) to[i] += values[i];
+  }
+}
+#endif
+
 // Adds the values of each place of a period, pairwise.
 template <typename T>
 void Fold(const RowFold& fold) {
   const T* from = reinterpret_cast<const T*>(fold.from);
   T* to = reinterpret_cast<T*>(fold.to);
+#if defined(__AVX512F__)
+  if (fold.period <= kLanes<T>) return FoldLines(fold, from, to);
+#endif
   for (int64_t tap = 0; tap < fold.taps; ++tap, from += kLanes<T>, to += fold.period) {
     T values[kLanes<T>];
     __builtin_memcpy(values, from, sizeof(values));

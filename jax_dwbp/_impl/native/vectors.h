@@ -211,6 +211,18 @@ INLINE __m256i Permute(__m256i a, Places places, __m256i b) {
   return _mm256_permutex2var_epi16(a, _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(places)), b);
 }
 
+// Those of them that have a bit, and zeros.
+template <typename S>
+INLINE typename Raw<S>::type LoadMasked(const S* from, uint32_t mask) {
+  if constexpr (sizeof(S) == 8) {
+    return _mm512_maskz_loadu_pd(mask, from);
+  } else if constexpr (sizeof(S) == 4) {
+    return _mm512_maskz_loadu_ps(mask, from);
+  } else {
+    return _mm256_maskz_loadu_epi16(mask, from);
+  }
+}
+
 // The first `count` of them, be it none or more than there are, and zeros.
 template <typename S>
 INLINE typename Raw<S>::type LoadRaw(const S* from, int64_t count) {
@@ -219,14 +231,7 @@ INLINE typename Raw<S>::type LoadRaw(const S* from, int64_t count) {
     __builtin_memcpy(&values, from, sizeof(values));
     return values;
   }
-  const uint32_t mask = (uint32_t{1} << Max(count, 0)) - 1;
-  if constexpr (sizeof(S) == 8) {
-    return _mm512_maskz_loadu_pd(mask, from);
-  } else if constexpr (sizeof(S) == 4) {
-    return _mm512_maskz_loadu_ps(mask, from);
-  } else {
-    return _mm256_maskz_loadu_epi16(mask, from);
-  }
+  return LoadMasked(from, (uint32_t{1} << Max(count, 0)) - 1);
 }
 
 // Stores those of them that have a bit.
@@ -299,15 +304,20 @@ INLINE void LoadUpTo(const S* from, T* to, int64_t count) {
 }
 
 #if defined(__AVX512F__)
-// The line that values of a caller's array make, and zeros where there are none.
+// The line that values of a caller's array make.
 template <typename S>
-INLINE auto LoadWidened(const S* from, int64_t count) {
-  const typename Raw<S>::type values = LoadRaw(from, count);
+INLINE auto Widened(typename Raw<S>::type values) {
   if constexpr (sizeof(S) == 2) {
     return reinterpret_cast<__m512>(Widen(reinterpret_cast<HalfWords>(values), S()));
   } else {
     return values;
   }
+}
+
+// That of the first `count` of them, and zeros.
+template <typename S>
+INLINE auto LoadWidened(const S* from, int64_t count) {
+  return Widened<S>(LoadRaw(from, count));
 }
 #endif
 
