@@ -385,12 +385,10 @@ FAULTS = [
     ),
     *faults(
         ROW_SUMS,
-        (
-            "count = fold.values / fold.period, half; count > 1; count = half, ++steps",
-            "count = kLanes<T> / fold.period, half; count > 1; count = half, ++steps",
-            ROWS,
-        ),
-        ("(uint32_t{1} << (count - half) * fold.period) - 1", "0xffff", ROWS),
+        ("(uint32_t{1} << (values - kept)) - 1", "0xffff", ROWS),
+        ("Min(values, fold.period - fold.first)", "values", ROWS),
+        ("to[(fold.first + i) % fold.period]", "to[i % fold.period]", ROWS),
+        ("/ period + 1) / 2 * period", "/ period) / 2 * period", ROWS),
         ("Min(in_steps(met), rows - 1)", "rows - 1", SANITIZERS),
         ("count : count / corr.row_dilation", "count : count", ROWS),
         ("late <= 0 ? 0 :", "true ? 0 :", SANITIZERS),

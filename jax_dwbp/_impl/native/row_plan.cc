@@ -67,7 +67,7 @@ bool HasRows(const RowCall& call, bool is_filter_grad) {
   const RowAxis &rows = call.rows, &columns = call.columns;
   const int64_t lanes = call.kernels.lanes, period = call.Period();
   if (period > lanes && call.Repeats() == 1) return false;
-  if (call.Variants() > kMostLinesOfPixel || period > kMostLinesOfPixel * lanes) return false;
+  if (call.Variants() > kMostVariants || period > kMostLinesOfPixel * lanes) return false;
   for (const RowAxis* axis : {&rows, &columns}) {
     if (axis->taps.Size() == 0 || axis->write_step > kMostPhases) return false;
     // What is packed for the padding.

@@ -266,6 +266,20 @@ std::vector<int64_t> RowCall::Taps() const {
   return taps;
 }
 
+// Where a line ends with its last whole pixel, lanes are left that compute nothing. Where it does not,
+// as many lines differ in their weights as a multiple of both has: each costs its packing and a call.
+// That is worth a quarter of the lanes: of 56x56 pixels 9 values with 7x7 taps take 0.7 of the time, 12
+// values with 3x3 taps 0.92, but 15 values 1.1.
+int64_t RowCall::LineStep() const {
+  const int64_t lanes = kernels.lanes, period = Period(), taps = rows.kernel * columns.kernel;
+  const int64_t whole = lanes / period * period, multiple = std::lcm(lanes, period);
+  if (whole == 0 || whole == lanes) return multiple;
+  if (4 * whole > 3 * lanes) return whole;
+  const int64_t width = columns.OutSize(0) * period;
+  const int64_t saved = rows.OutSize(0) * (CeilDiv(width, whole) - CeilDiv(width, lanes));
+  return saved * (taps + 4) > multiple / lanes * (4 * taps + 200) ? multiple : whole;
+}
+
 int64_t RowCall::PackedRepeats() const { return kernels.row_lanes->repeats ? 1 : Repeats(); }
 
 int64_t RowWindow::Begin() const { return std::clamp<int64_t>(-column, 0, columns); }

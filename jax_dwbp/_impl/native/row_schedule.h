@@ -30,10 +30,7 @@ struct RowCall {
   int64_t Period() const { return channels_first ? 1 : sizes.channels * Repeats(); }
   // From one line of a row to the next that has the same weights, and how many have weights of their
   // own.
-  int64_t LineStep() const {
-    const int64_t lanes = kernels.lanes, period = Period();
-    return period <= lanes ? lanes / period * period : std::lcm(lanes, period);
-  }
+  int64_t LineStep() const;
   int64_t Variants() const { return CeilDiv(LineStep(), kernels.lanes); }
   int64_t Planes() const {
     return channels_first ? sizes.channels * (is_transposed ? 1 : sizes.multiplier) : 1;
@@ -65,6 +62,8 @@ struct RowCall {
 void ConvolveRows(ffi::ThreadPool& pool, const RowCall& call);
 void CorrelateRows(ffi::ThreadPool& pool, const RowCall& call);
 
+// Lines that have weights of their own, at most.
+constexpr int64_t kMostVariants = 16;
 // Bytes of packed rows that a task aims at: they stay in the L2 cache, and most in L1.
 constexpr int64_t kBandBytes = 128 << 10;
 // Bytes of a packed row, of which longer ones are tiled.

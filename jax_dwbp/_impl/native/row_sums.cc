@@ -116,6 +116,11 @@ void Correlate(const RowCorrelation& corr) {
   }
 }
 
+// Of values that are folded, those that others are added to: half of the periods.
+INLINE int64_t Kept(int64_t values, int64_t period) {
+  return ((values + period - 1) / period + 1) / 2 * period;
+}
+
 #if defined(__AVX512F__)
 // What lies further behind in a line, where there is a bit, and zeros.
 INLINE __m512 Behind(__m512 line, __m512i places, uint32_t mask) {
@@ -132,19 +137,21 @@ INLINE void FoldLines(const RowFold& fold, const T* from, T* to) {
   __m512i places[kSteps];
   uint32_t masks[kSteps];
   int steps = 0;
-  for (int64_t count = fold.values / fold.period, half; count > 1; count = half, ++steps) {
-    half = (count + 1) / 2;
+  for (int64_t values = fold.values, kept; values > fold.period; values = kept, ++steps) {
+    kept = Kept(values, fold.period);
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    places[steps] = _mm512_add_epi32(lanes, _mm512_set1_epi32(half * fold.period));
-    masks[steps] = (uint32_t{1} << (count - half) * fold.period) - 1;
+    places[steps] = _mm512_add_epi32(lanes, _mm512_set1_epi32(kept));
+    masks[steps] = (uint32_t{1} << (values - kept)) - 1;
   }
+  const int64_t values = Min(fold.values, fold.period), at_once = Min(values, fold.period - fold.first);
   for (int64_t tap = 0; tap < fold.taps; ++tap, from += kLanes<T>, to += fold.period) {
     auto line = LoadRaw(from, kLanes<T>);
     for (int step = 0; step < steps; ++step) line += Behind(line, places[step], masks[step]);
     // What is stored by a mask would be waited for by the next tap.
-    T values[kLanes<T>];
-    __builtin_memcpy(values, &line, sizeof(values));
-    for (int64_t i = 0; i < fold.period; ++i) to[i] += values[i];
+    T folded[kLanes<T>];
+    __builtin_memcpy(folded, &line, sizeof(folded));
+    for (int64_t i = 0; i < at_once; ++i) to[fold.first + i] += folded[i];
+    for (int64_t i = at_once; i < values; ++i) to[i - at_once] += folded[i];
   }
 }
 #endif
@@ -158,18 +165,14 @@ void Fold(const RowFold& fold) {
   if (fold.period <= kLanes<T>) return FoldLines(fold, from, to);
 #endif
   for (int64_t tap = 0; tap < fold.taps; ++tap, from += kLanes<T>, to += fold.period) {
-    T values[kLanes<T>];
-    __builtin_memcpy(values, from, sizeof(values));
-    if (fold.period > kLanes<T>) {
-      for (int64_t i = 0; i < fold.values; ++i) to[(fold.first + i) % fold.period] += values[i];
-      continue;
+    T folded[kLanes<T>];
+    __builtin_memcpy(folded, from, sizeof(folded));
+    int64_t values = fold.values;
+    for (int64_t kept; values > fold.period; values = kept) {
+      kept = Kept(values, fold.period);
+      for (int64_t i = 0; i < values - kept; ++i) folded[i] += folded[kept + i];
     }
-    for (int64_t count = fold.values / fold.period, half; count > 1; count = half) {
-      half = (count + 1) / 2;
-      const T* const others = values + half * fold.period;
-      for (int64_t i = 0; i < (count - half) * fold.period; ++i) values[i] += others[i];
-    }
-    for (int64_t i = 0; i < fold.period; ++i) to[i] += values[i];
+    for (int64_t i = 0; i < values; ++i) to[(fold.first + i) % fold.period] += folded[i];
   }
 }
 
