@@ -242,13 +242,13 @@ FAULTS = [
         ("if (conv.in.column_bytes != F::kStride * conv.in.line_bytes) return false;", "", LARGE),
         ("if (conv.in.row_count != F::kAll) return false;", "", LARGE),
         ("(l - k) / kStride >= kColumns", "(l - k) / kStride > kColumns", LARGE),
-        ("tap.begin <= t && t + kColumns <= tap.end", "true", LARGE),
+        ("tap.begin <= t && t + kColumns <= tap.end", "true", CHANNELS),
         ("adjacent && conv.in.column_bytes == conv.in.line_bytes", "adjacent", LARGE),
         ("reach.end = Min(reach.end, tap->end)", "reach.end = Max(reach.end, tap->end)", LARGE),
     ),
     *faults(
         CHANNEL_SUMS,
-        ("if (!(lines[s] >> l & 1)) continue;", "", LARGE),
+        ("if (!(lines[s] >> l & 1)) continue;", "", CHANNELS),
         (
             "group.all_end = Min(group.all_end, tap->end)",
             "group.all_end = Max(group.all_end, tap->end)",
@@ -287,7 +287,7 @@ FAULTS = [
     ),
     *faults(
         CHOICE,
-        ("if (HasRows(call, is_filter_grad)) consider", "consider", SANITIZERS),
+        ("if (HasRows(call, is_filter_grad)) consider", "consider", LARGE),
         ("!is_filter_grad && HasNarrowPlanes(call)", "!is_filter_grad", ROWS),
         ("!call.channels_first &&", "", TURNED, "another kernel computes the same"),
     ),
@@ -296,7 +296,7 @@ FAULTS = [
         ("columns.in == columns.out && ", "", ROWS),
         ("call.Sources() > 1", "false", ROWS),
         ("axis->write_step > 1", "false", ROWS),
-        ("if (column < 0 || column >= width) continue;", "if (column < 0) continue;", PLANES),
+        ("std::min(width, width - right)", "width", PLANES),
         ("std::clamp<int64_t>(rows.in - down, 0, rows.out)", "rows.out", PLANES),
         (
             "reads.push_back(down * width + right)",
@@ -318,7 +318,7 @@ FAULTS = [
         ROW_PLAN,
         ("axis->in + 64) return false;", "axis->in + 64) continue;", SANITIZERS),
         ("columns.write_step == 1 ? 0 :", "phases == 1 ? 0 :", ROWS),
-        ("return plan.lines + repeated <= most_lines &&", "return", SPANS),
+        ("return plan.lines <= most_lines &&", "return", SPANS),
     ),
     *faults(
         ROW_SCHEDULE,
@@ -377,7 +377,7 @@ FAULTS = [
         ("Max(0, i - kPieceRows + 1)", "Max(0, i - kPieceRows)", ROWS),
         ("(rows == kPieceRows &&", "(rows >= kPieceRows &&", ROWS),
         ("r % kChainRows > 0) continue;", "true) continue;", CHAINS),
-        ("(conv.read_before + l) / conv.repeats", "l / conv.repeats", ROWS),
+        ("repeat = conv.read_before", "repeat = 0", ROWS),
         ("in_line = conv.line_step / conv.repeats;", "in_line = conv.line_step;", ROWS),
         ("if (o < rows) StoreLine", "StoreLine", SANITIZERS),
         ("rows - l * block.rows_of_line", "rows", SANITIZERS),

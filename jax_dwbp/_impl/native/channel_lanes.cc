@@ -50,7 +50,7 @@ struct Segment {
   // At a border: for each tap a bit for each column where it meets more than padding and, where taps
   // are adjacent, a bit for each line that they read and that is there.
   uint8_t meets[kBorderTaps];
-  uint32_t lines;
+  uint32_t lines = 0;
 };
 
 // Adds what some taps of a row of the filter give, whose number is known and which read adjacent lines,
@@ -278,9 +278,11 @@ INLINE void ConvolveColumns(const Convolution& conv, const Reach& reach, int64_t
   const bool border = (is_wide || !conv.in.packed) && taps <= kBorderTaps &&
                       (reach.begin > t || reach.end < t + kColumns);
   if (!border) return ConvolveSegment<T, F, false, kRows, kColumns>(conv, segment);
-  const auto is_met = [=](const Tap& tap) { return tap.begin <= t && t + kColumns <= tap.end; };
-  while (segment.all_begin < segment.all_end && !is_met(*segment.all_begin)) ++segment.all_begin;
-  while (segment.all_begin < segment.all_end && !is_met(segment.all_end[-1])) --segment.all_end;
+  if constexpr (F::kTaps == 0 && kAddsAtOnce<T, kColumns>) {
+    const auto is_met = [=](const Tap& tap) { return tap.begin <= t && t + kColumns <= tap.end; };
+    while (segment.all_begin < segment.all_end && !is_met(*segment.all_begin)) ++segment.all_begin;
+    while (segment.all_begin < segment.all_end && !is_met(segment.all_end[-1])) --segment.all_end;
+  }
   for (int64_t i = 0; i < taps; ++i) {
     segment.meets[i] = 0;
     for (int j = 0; j < kColumns; ++j) {
@@ -288,7 +290,6 @@ INLINE void ConvolveColumns(const Convolution& conv, const Reach& reach, int64_t
       segment.meets[i] |= meets << j;
     }
   }
-  segment.lines = 0;
   if constexpr (F::kTaps > 0) {
     for (int line = 0; line < kLines<F, kColumns>; ++line) {
       // A column and a tap that meet there, as good as any.

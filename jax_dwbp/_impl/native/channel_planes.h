@@ -103,7 +103,7 @@ INLINE void PackPlanesByVectors(const ChannelCopy& copy, const PackedColumns& co
   }
 }
 
-// Stores them where there is room for another behind each.
+// Stores values two apart, and leaves what lies between them.
 template <typename S>
 INLINE void StoreApart(typename Raw<S>::type values, int64_t count, S* to) {
   constexpr int64_t kCount = sizeof(values) / sizeof(S);

@@ -55,25 +55,30 @@ int64_t ChannelCost(const RowCall& call) {
 
 // Of a plane.
 int64_t PlaneCost(const RowCall& call) {
-  const int64_t lines = CeilDiv(call.rows.out * call.columns.out, call.kernels.lanes);
-  return 40 + lines * (3 * call.rows.kernel * call.columns.kernel + 6);
+  const int64_t lanes = call.kernels.lanes, taps = call.rows.kernel * call.columns.kernel;
+  const int64_t lines = CeilDiv(call.rows.out * call.columns.out, lanes);
+  // The masks are made for all planes, bit by bit.
+  const int64_t planes = call.sizes.problems * call.sizes.batch * call.Planes();
+  return 40 + lines * (3 * taps + 6) + 4 * lines * lanes * taps / planes;
 }
 
 }  // namespace
 
-// By what both kinds of vectors cost in cycles of a processor that multiplies a line in one. Roughly
-// so: the times of the channels' kernel over those of this one, of forward and filter gradient, on 2
-// cores with AVX-512 in float32.
-//   NHWC 8x56x56, 3x3: 1 channel 12, 11; 9 channels 2.4, 3.3; 15 channels 2.4, 2.7; 16,
-//   bfloat16 2.0, 2.8 NHWC 8x56x56, 7x7: 9 channels 1.3, 1.6; 15 channels 1.3, 1.5; 11x11, 15
-//   channels 1.1, 1.6 NHWC 8x56x56, stride of 2, 5x5: 6 channels 2.8, 3.5; 12 channels 1.6, 2.0; 3x5x5,
-//   M=4 5.7, 4.2 NCHW 3x3: 8x144x56x56 1.6, 1.2; 8x576x14x14 1.1, 1.2; 8x960x7x7 0.7, 0.8; 8x384x3x3
-//   0.5, 0.7 NCHW 5x5: 8x240x28x28 1.0, 0.9; 8x672x14x14 0.8, 0.9 NCHW 7x7: 8x192x28x28 0.9, 0.8;
-//   8x384x14x14 0.7, 0.8; 8x768x7x7 0.4, 0.4; 31x31 0.5, 0.6 NCHW, stride of 2: 3x3, 8x96x112x112 1.2,
-//   0.8; 5x5, 8x192x28x28 0.9, 0.9; 8x672x14x14 0.5, 0.5
-// With AVX2: 8x576x14x14 1.5, 1.2; 8x960x7x7 0.8, 0.8; stride of 2, 8x32x112x112 0.5, 0.5.
-// In NCHW by planes 3x3 filters take on 8x960x7x7 as long as by channels, and on 1,000 problems of 8x8
-// two thirds of what they take by rows.
+// By what each costs in cycles of a processor that multiplies a line in one. Roughly so: the times by
+// channels over those by rows, of forward and filter gradient, on 2 cores with AVX-512 in float32.
+// clang-format off
+//   NHWC 8x56x56, 3x3: 1 channel 12, 11; 9 channels 2.4, 3.3; 15 channels 2.4, 2.7
+//   NHWC 8x56x56, bfloat16: 16 channels, 3x3 2.0, 2.8; 7x7 1.3, 1.6
+//   NHWC 8x56x56, 7x7: 9 channels 1.9, 1.7; 15 channels 1.3, 1.5; 11x11, 15 channels 1.1, 1.6
+//   NHWC 8x56x56, stride of 2, 5x5: 6 channels 2.8, 3.5; 12 channels 1.8, 2.0; 3 channels, M=4 5.7, 4.2
+//   NCHW 3x3: 8x144x56x56 1.6, 1.2; 8x576x14x14 1.1, 1.2; 8x960x7x7 0.7, 0.8; 8x384x3x3 0.5, 0.7
+//   NCHW 5x5: 8x240x28x28 1.0, 0.9; 8x672x14x14 0.8, 0.9
+//   NCHW 7x7: 8x192x28x28 0.9, 0.8; 8x384x14x14 0.7, 0.8; 8x768x7x7 0.4, 0.4; 31x31 0.5, 0.6
+//   NCHW, stride of 2: 3x3, 8x96x112x112 1.2, 0.8; 5x5, 8x192x28x28 0.9, 0.9; 8x672x14x14 0.5, 0.5
+//   NCHW with AVX2: 8x576x14x14 1.5, 1.2; 8x960x7x7 0.8, 0.8; stride of 2, 8x32x112x112 0.5, 0.5
+// clang-format on
+// By planes 3x3 filters take as long as by channels on 8x960x7x7, and two thirds of what they take by
+// rows on 1,000 problems of 8x8.
 Vectors Choose(const RowCall& call, bool is_filter_grad) {
   const int64_t channels = call.sizes.channels, lanes = call.kernels.lanes;
   // What consists of lines as it is is computed where it is.

@@ -6,6 +6,12 @@
 #include "row_lanes.h"
 #include "vectors.h"
 
+#if defined(__AVX512F__)
+#define PLANE_KERNELS(i) &Avx512PlaneKernels[i]
+#else
+#define PLANE_KERNELS(i) nullptr
+#endif
+
 namespace jax_dwbp {
 namespace {
 
@@ -19,11 +25,7 @@ constexpr Kernels KernelsOf(int i) {
           .row_moves = &OF_INSTRUCTION_SET(RowMoves)[i],
           .row_lanes = &OF_INSTRUCTION_SET(RowKernels)[i],
           .row_sums = &OF_INSTRUCTION_SET(RowSums)[i],
-#if defined(__AVX512F__)
-          .plane_lanes = &OF_INSTRUCTION_SET(PlaneKernels)[i]};
-#else
-          .plane_lanes = nullptr};
-#endif
+          .plane_lanes = PLANE_KERNELS(i)};
 }
 
 }  // namespace

@@ -12,6 +12,8 @@
 
 namespace jax_dwbp {
 
+// Columns of a filter: more would be long chains of sums.
+constexpr int64_t kMostPlaneColumns = 15;
 // Lines that are computed together.
 constexpr int64_t kPlaneLines = 4;
 // A plane of a result, of the caller's arrays.

@@ -30,16 +30,17 @@ struct PlaneTaps {
     uint16_t* mask = masks.data();
     for (int64_t r = 0; r < rows.kernel; ++r) {
       const int64_t down = rows.taps[0].offset + r * rows.dilation;
-      const int64_t begin = std::clamp<int64_t>(-down, 0, rows.out) * width;
-      const int64_t end = std::clamp<int64_t>(rows.in - down, 0, rows.out) * width;
+      const int64_t begin = std::clamp<int64_t>(-down, 0, rows.out);
+      const int64_t end = std::clamp<int64_t>(rows.in - down, 0, rows.out);
       for (int64_t s = 0; s < columns.kernel; ++s, mask += kPlaneLines) {
         const int64_t right = columns.taps[0].offset + s * columns.dilation;
         reads.push_back(down * width + right);
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t column = i % width + right;
-          if (column < 0 || column >= width) continue;
-          const int64_t line = i / lanes, group = line / kPlaneLines;
-          mask[group * tap_count * kPlaneLines + line % kPlaneLines] |= 1 << i % lanes;
+        const int64_t first = std::max<int64_t>(-right, 0), last = std::min(width, width - right);
+        for (int64_t row = begin; row < end; ++row) {
+          for (uint64_t i = row * width + first; i < static_cast<uint64_t>(row * width + last); ++i) {
+            const int64_t line = i / lanes, group = line / kPlaneLines;
+            mask[group * tap_count * kPlaneLines + line % kPlaneLines] |= 1 << i % lanes;
+          }
         }
       }
     }
@@ -54,8 +55,8 @@ bool HasNarrowPlanes(const RowCall& call) {
   for (const RowAxis* axis : {&rows, &columns}) {
     if (axis->read_step > 1 || axis->write_step > 1) return false;
   }
-  // Rows of the filter that are longer would be long chains.
-  const bool is_narrow = columns.in == columns.out && std::max(columns.out, columns.kernel) < 16;
+  const bool is_narrow = columns.in == columns.out && columns.out < call.kernels.lanes &&
+                         columns.kernel <= kMostPlaneColumns;
   const int64_t taps = rows.kernel * columns.kernel;
   return is_narrow && taps <= kMostTaps && taps * Lines(call) <= kMostMasks;
 }

@@ -13,24 +13,21 @@
 #define ROWS 4
 #define LINES 3
 #define LINES_OF_ONE 4
-#define REPEATS true
 #elif defined(__AVX2__) || defined(__aarch64__)
 #define ROWS 2
 #define LINES 1
 #define LINES_OF_ONE 2
-#define REPEATS false
 #else
 #define ROWS 1
 #define LINES 1
 #define LINES_OF_ONE 1
-#define REPEATS false
 #endif
 
 namespace jax_dwbp {
 namespace {
 
 // So many running sums are added one after the other, then such sums pairwise: those of a piece of few
-// rows, which may be two, count as one.
+// rows, which may be four, count as one.
 constexpr int64_t kGroup = 4;
 // Taps of a long row that make a running sum.
 constexpr int64_t kRowPart = 16;
@@ -67,15 +64,19 @@ struct ReadsEach {
 };
 
 #if defined(__AVX512F__)
-// Of what is repeated a line has at most half a line of values: of three repeats or more fewer, of two
-// whole pairs, as lines start at even results.
+// Half a line of values has all that a line reads, (lanes + repeats - 2) / repeats + 1 of them. Of two
+// repeats that would be one more, but there lines start with a first one.
 template <typename T>
 struct ReadsRepeated {
   __m512i places;
 
   INLINE explicit ReadsRepeated(const RowConvolution& conv) {
     alignas(64) std::conditional_t<sizeof(T) == 4, int32_t, int64_t> values[kLanes<T>];
-    for (int l = 0; l < kLanes<T>; ++l) values[l] = (conv.read_before + l) / conv.repeats;
+    int64_t place = 0, repeat = conv.read_before;
+    for (int l = 0; l < kLanes<T>; ++l) {
+      values[l] = place;
+      if (++repeat == conv.repeats) repeat = 0, ++place;
+    }
     places = _mm512_load_si512(values);
   }
   INLINE __m512 operator()(const float* from) const {
@@ -274,12 +275,11 @@ struct Block {
 };
 
 template <typename S, typename F, typename R, int kRows, int kLines>
-__attribute__((noinline)) void ConvolveBlocks(const RowConvolution& convolution,
+__attribute__((noinline)) void ConvolveBlocks(const RowConvolution& convolution, const R& reads,
                                               const Block<S>& block) {
   using T = typename Compute<S>::type;
   // A copy, which no result that is stored may change.
   const RowConvolution conv = convolution;
-  const R reads(conv);
   const T* in = block.in;
   S* first_out = block.out;
   for (int64_t i = 0; i < block.blocks; ++i, in += block.in_step, first_out += block.out_step) {
@@ -306,11 +306,12 @@ __attribute__((noinline)) void ConvolveBlocks(const RowConvolution& convolution,
 
 // The template of a number of lines that is known when it runs.
 template <typename S, typename F, typename R, int kRows, int kLines>
-INLINE void ConvolveStacked(const RowConvolution& conv, const Block<S>& block, int64_t lines) {
+INLINE void ConvolveStacked(const RowConvolution& conv, const R& reads, const Block<S>& block,
+                            int64_t lines) {
   if constexpr (kLines > 1) {
-    if (lines != kLines) return ConvolveStacked<S, F, R, kRows, kLines - 1>(conv, block, lines);
+    if (lines != kLines) return ConvolveStacked<S, F, R, kRows, kLines - 1>(conv, reads, block, lines);
   }
-  ConvolveBlocks<S, F, R, kRows, kLines>(conv, block);
+  ConvolveBlocks<S, F, R, kRows, kLines>(conv, reads, block);
 }
 
 template <typename S, typename F, typename R, int kRows, int kLines>
@@ -318,6 +319,7 @@ void ConvolveRows(const RowConvolution& conv) {
   using T = typename Compute<S>::type;
   const T* in = reinterpret_cast<const T*>(conv.in) + conv.first;
   S* out = static_cast<S*>(conv.out);
+  const R reads(conv);
   const int64_t whole_lines =
       conv.width < kLanes<T> ? 0 : (conv.width - kLanes<T>) / conv.line_step + 1;
   const int64_t blocks = whole_lines / kLines, in_line = conv.line_step / conv.repeats;
@@ -327,14 +329,15 @@ void ConvolveRows(const RowConvolution& conv) {
     for (int64_t line = 0; line < lines && blocks > 0; ++line) {
       const int64_t row = line * kRows;
       ConvolveBlocks<S, F, R, kRows, kLines>(
-          conv, {in + row * conv.in_step, out + row * conv.out_step, in_line, conv.line_step,
-                 rows - row, 0, kLanes<T>, blocks, in_step, out_step});
+          conv, reads,
+          {in + row * conv.in_step, out + row * conv.out_step, in_line, conv.line_step, rows - row, 0,
+           kLanes<T>, blocks, in_step, out_step});
     }
     // What is left of the columns.
     for (int64_t j = blocks * kLines; j * conv.line_step < conv.width; ++j) {
       const int64_t value = j * conv.line_step;
       ConvolveStacked<S, F, R, kRows, kLines>(
-          conv,
+          conv, reads,
           {in + j * in_line, out + value, kRows * conv.in_step, kRows * conv.out_step, rows, kRows,
            conv.width - value, 1, 0, 0},
           lines);
@@ -366,7 +369,7 @@ void Convolve(const RowConvolution& conv) {
 
 template <typename S>
 constexpr RowKernels Table() {
-  return {ROWS, REPEATS, Convolve<S>};
+  return {ROWS, BY_VECTORS, Convolve<S>};
 }
 
 }  // namespace

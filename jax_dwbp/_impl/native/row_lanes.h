@@ -101,8 +101,8 @@ struct RowConvolution {
   const Line* in;
   int64_t first;    // values from there to what the first line reads
   int64_t in_step;  // and from one row to the next
-  // Each value that is packed is read so often, as the results of a depth multiplier do, and was read
-  // so often before the first line.
+  // Each value that is packed is read so often, as the results of a depth multiplier do. So many
+  // repeats of the first one come before the first line.
   int64_t repeats, read_before;
   const RowPiece* pieces;
   int64_t piece_count;
@@ -122,7 +122,7 @@ struct RowConvolution {
 struct RowKernels {
   // Rows are computed so many at a time: behind the last one there may be anything, but must be memory.
   int64_t rows;
-  bool repeats;  // what it reads
+  bool can_repeat;  // what it reads
   void (*convolve)(const RowConvolution&);
 };
 

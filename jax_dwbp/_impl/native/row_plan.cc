@@ -17,13 +17,15 @@ RowPlan::RowPlan(const RowCall& call, int64_t pool_threads)
       kernels(*call.kernels.row_lanes),
       period(call.Period()),
       lanes(call.kernels.lanes),
+      line_step(call.LineStep()),
+      variants(call.Variants()),
       planes(call.sizes.problems * call.sizes.batch * call.Planes()),
       pixels(call.InPixels(call.PackedRepeats())),
       repeats(call.Repeats() / call.PackedRepeats()) {
   const RowAxis &rows = call.rows, &columns = call.columns;
   const int64_t element = sizeof(Line) / lanes, width = columns.OutSize(0), height = rows.OutSize(0);
   variant_lines = call.Sources() * rows.kernel * columns.kernel;
-  weight_lines = call.Variants() * variant_lines;
+  weight_lines = variants * variant_lines;
   const int64_t work = planes * height * CeilDiv(width * period, lanes) * (variant_lines + 4);
   threads = work < kSmall ? 1 : std::max<int64_t>(pool_threads, 1);  // a host may have no pool
   const int64_t wanted = threads == 1 ? 1 : CeilDiv(kTasks * threads, planes);
@@ -76,11 +78,10 @@ bool HasRows(const RowCall& call, bool is_filter_grad) {
   if (rows.taps.Size() * call.Sources() > kMostPieces) return false;
   const int64_t most_lines = kMostBytes / static_cast<int64_t>(sizeof(Line));
   if (call.Sources() * rows.kernel * columns.kernel > most_lines) return false;
-  // By one thread, which has the largest parts. A filter gradient packs about as much: dy instead of
-  // phases, and twice the lines of sums, but each value as often as it is repeated.
+  if (is_filter_grad) return CorrelationLines(call) <= most_lines;
+  // By one thread, which has the largest parts.
   const RowPlan plan(call, 1);
-  const int64_t repeated = is_filter_grad ? (plan.repeats - 1) * plan.source_lines : 0;
-  return plan.lines + repeated <= most_lines && plan.Sums(plan.band) <= kMostSums;
+  return plan.lines <= most_lines && plan.Sums(plan.band) <= kMostSums;
 }
 
 }  // namespace jax_dwbp

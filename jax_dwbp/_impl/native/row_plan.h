@@ -13,7 +13,7 @@ namespace jax_dwbp {
 struct RowPlan {
   const RowCall& call;
   const RowKernels& kernels;
-  int64_t period, lanes, planes;
+  int64_t period, lanes, line_step, variants, planes;
   RowPixels pixels;  // as they are packed
   int64_t repeats;   // of their values, as they are read
   int64_t threads;
@@ -32,11 +32,11 @@ struct RowPlan {
   // What a kernel is called for, at most, for a part of so many rows.
   int64_t Sums(int64_t rows) const {
     return call.rows.OutPhases() * call.columns.OutPhases() * std::min(call.rows.dilation, rows) *
-           call.Variants();
+           variants;
   }
 };
 
-// Whether there are rows for it, as large as scratch allows.
+// Whether rows can compute it in the scratch that is allowed.
 bool HasRows(const RowCall& call, bool is_filter_grad);
 
 }  // namespace jax_dwbp

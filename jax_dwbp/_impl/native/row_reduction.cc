@@ -287,6 +287,11 @@ class Sums {
 
 }  // namespace
 
+int64_t CorrelationLines(const RowCall& call) {
+  const SumPlan plan(call, 1);
+  return plan.lines + Sums::ListLines(plan);
+}
+
 void CorrelateRows(ffi::ThreadPool& pool, const RowCall& call) {
   const SumPlan plan(call, pool.num_threads());
   const RowSums& kernels = *call.kernels.row_sums;

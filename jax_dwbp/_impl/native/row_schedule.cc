@@ -12,6 +12,9 @@
 namespace jax_dwbp {
 namespace {
 
+// Lines of weights that a multiple may take.
+constexpr int64_t kMostWeights = 4096;
+
 // A part of a plane: rows and columns of each phase.
 struct Part {
   int64_t row, rows, column, columns;
@@ -168,7 +171,7 @@ class Steps {
     const int64_t width = part_.columns * plan_.period, element = call_.kernels.element_size;
     // Rows of the result that a dilated filter takes to the same rows.
     for (int64_t row = 0; row < std::min(rows.dilation, count); ++row) {
-      for (int64_t variant = 0; variant * plan_.lanes < std::min(call_.LineStep(), width); ++variant) {
+      for (int64_t variant = 0; variant * plan_.lanes < std::min(plan_.line_step, width); ++variant) {
         const int64_t value = variant * plan_.lanes;
         const int64_t skipped = (row * out_step + value) * element;
         const RowConvolution conv{.in = in_,
@@ -184,7 +187,7 @@ class Steps {
                                   .weight_step = columns.kernel,
                                   .rows = CeilDiv(count - row, rows.dilation),
                                   .width = width - value,
-                                  .line_step = call_.LineStep(),
+                                  .line_step = plan_.line_step,
                                   .out = to ? to + skipped : nullptr,
                                   .out_step = rows.dilation * out_step,
                                   .by_row = plan_.by_row};
@@ -208,7 +211,7 @@ void PackFilter(const RowPlan& plan, const std::vector<int64_t>& taps, int64_t f
   const RowCall& call = plan.call;
   const int64_t planes = call.Planes(), tap_count = taps.size();
   const int64_t first = filter / planes * call.filter.problem + call.FilterPlane(filter % planes);
-  for (int64_t variant = 0; variant < call.Variants(); ++variant) {
+  for (int64_t variant = 0; variant < plan.variants; ++variant) {
     for (int64_t i = 0; i < call.Sources(); ++i) {
       call.kernels.row_moves->weights({call.filter.data + (first + i) * call.kernels.element_size,
                                        taps.data(), tap_count, call.TapStep(), plan.period,
@@ -267,20 +270,23 @@ std::vector<int64_t> RowCall::Taps() const {
 }
 
 // Where a line ends with its last whole pixel, lanes are left that compute nothing. Where it does not,
-// as many lines differ in their weights as a multiple of both has: each costs its packing and a call.
-// That is worth a quarter of the lanes: of 56x56 pixels 9 values with 7x7 taps take 0.7 of the time, 12
-// values with 3x3 taps 0.92, but 15 values 1.1.
+// as many lines differ in their weights as a multiple of both has. Each of them costs about 4 cycles
+// for a tap, and 200 for a call; a line that is saved, one for a tap and 4. A quarter of the lanes is
+// worth it: of 56x56 pixels 9 values with 7x7 taps take 0.7 of the time, 12 values with 3x3 taps 0.92,
+// but 15 values 1.1.
 int64_t RowCall::LineStep() const {
   const int64_t lanes = kernels.lanes, period = Period(), taps = rows.kernel * columns.kernel;
   const int64_t whole = lanes / period * period, multiple = std::lcm(lanes, period);
   if (whole == 0 || whole == lanes) return multiple;
   if (4 * whole > 3 * lanes) return whole;
+  const int64_t variants = multiple / lanes, phases = rows.OutPhases() * columns.OutPhases();
+  if (variants * taps * Sources() > kMostWeights || phases > kMostPhases) return whole;
   const int64_t width = columns.OutSize(0) * period;
   const int64_t saved = rows.OutSize(0) * (CeilDiv(width, whole) - CeilDiv(width, lanes));
-  return saved * (taps + 4) > multiple / lanes * (4 * taps + 200) ? multiple : whole;
+  return saved * (taps + 4) > variants * (4 * taps + 200) ? multiple : whole;
 }
 
-int64_t RowCall::PackedRepeats() const { return kernels.row_lanes->repeats ? 1 : Repeats(); }
+int64_t RowCall::PackedRepeats() const { return kernels.row_lanes->can_repeat ? 1 : Repeats(); }
 
 int64_t RowWindow::Begin() const { return std::clamp<int64_t>(-column, 0, columns); }
 

@@ -61,6 +61,8 @@ struct RowCall {
 
 void ConvolveRows(ffi::ThreadPool& pool, const RowCall& call);
 void CorrelateRows(ffi::ThreadPool& pool, const RowCall& call);
+// The lines of scratch that a thread takes for the latter.
+int64_t CorrelationLines(const RowCall& call);
 
 // Lines that have weights of their own, at most.
 constexpr int64_t kMostVariants = 16;
