@@ -529,6 +529,7 @@ NARROW = (
     Case("multiplied", (2, 8, 10, 3), (3, 3, 3, 4)),
     Case("dilated", (1, 12, 11, 2), (3, 3, 2, 1), dilations=(3, 4)),
     Case("strided_rows", (2, 13, 7, 3), (3, 3, 3, 1), (2, 1)),
+    Case("wide_filter", (2, 6, 3, 2), (3, 11, 2, 1)),
     Case("padded_below", (1, 6, 8, 3), (4, 3, 3, 1), padding=((0, 7), (0, 2))),
     Case("padded_above", (1, 5, 7, 2), (3, 3, 2, 1), padding=((9, 0), (2, 0))),
     Case("valid_rows", (2, 15, 6, 2), (7, 1, 2, 1), padding="VALID"),

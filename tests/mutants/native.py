@@ -296,7 +296,7 @@ FAULTS = [
         ("columns.in == columns.out && ", "", ROWS),
         ("call.Sources() > 1", "false", ROWS),
         ("axis->write_step > 1", "false", ROWS),
-        ("std::min(width, width - right)", "width", PLANES),
+        ("std::clamp<int64_t>(width - right, 0, width)", "width - right", PLANES),
         ("std::clamp<int64_t>(rows.in - down, 0, rows.out)", "rows.out", PLANES),
         (
             "reads.push_back(down * width + right)",

@@ -59,7 +59,7 @@ int64_t PlaneCost(const RowCall& call) {
   const int64_t lines = CeilDiv(call.rows.out * call.columns.out, lanes);
   // The masks are made for all planes, bit by bit.
   const int64_t planes = call.sizes.problems * call.sizes.batch * call.Planes();
-  return 40 + lines * (3 * taps + 6) + 4 * lines * lanes * taps / planes;
+  return 40 + lines * (3 * taps + 6) + 10 * lines * lanes * taps / planes;
 }
 
 }  // namespace

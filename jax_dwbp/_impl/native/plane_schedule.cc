@@ -35,9 +35,11 @@ struct PlaneTaps {
       for (int64_t s = 0; s < columns.kernel; ++s, mask += kPlaneLines) {
         const int64_t right = columns.taps[0].offset + s * columns.dilation;
         reads.push_back(down * width + right);
-        const int64_t first = std::max<int64_t>(-right, 0), last = std::min(width, width - right);
+        // A tap may meet no column.
+        const int64_t first = std::clamp<int64_t>(-right, 0, width);
+        const int64_t last = std::clamp<int64_t>(width - right, 0, width);
         for (int64_t row = begin; row < end; ++row) {
-          for (uint64_t i = row * width + first; i < static_cast<uint64_t>(row * width + last); ++i) {
+          for (int64_t i = row * width + first; i < row * width + last; ++i) {
             const int64_t line = i / lanes, group = line / kPlaneLines;
             mask[group * tap_count * kPlaneLines + line % kPlaneLines] |= 1 << i % lanes;
           }
