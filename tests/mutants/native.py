@@ -212,7 +212,7 @@ FAULTS = [
             "places[columns.phases[i]] = 2 * i *",
             TURNED,
         ),
-        ("Max(0, columns.stride * columns.first)", "Max(0, columns.first)", TURNED),
+        ("Max(0, columns.stride * columns.first)", "columns.stride * columns.first", TURNED),
         ("to[l] < 0 ? &unused : lines + to[l]", "lines + Max(to[l], 0)", TURNED),
         ("2 * count - half * kCount", "kCount", TURNED),
         ("half * kCount / 2 + l / 2", "l / 2", TURNED),
@@ -293,9 +293,9 @@ FAULTS = [
     ),
     *faults(
         PLANE_SCHEDULE,
-        ("columns.in == columns.out && ", "", ROWS),
-        ("call.Sources() > 1", "false", ROWS),
-        ("axis->write_step > 1", "false", ROWS),
+        ("columns.in == columns.out && ", "", PLANES),
+        ("call.Sources() > 1", "false", PLANES),
+        ("axis->read_step > 1 || ", "", PLANES),
         ("std::clamp<int64_t>(width - right, 0, width)", "width - right", PLANES),
         ("std::clamp<int64_t>(rows.in - down, 0, rows.out)", "rows.out", PLANES),
         (
