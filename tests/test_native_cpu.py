@@ -410,7 +410,7 @@ def test_long_sums_are_of_short_chains(op, channels):
 @pytest.mark.parametrize("op", ("forward", "input_grad"))
 @pytest.mark.parametrize("shape", [(200, 16, 5, 1), (2, 28, 28, 1)], ids=("planes", "rows"))
 def test_sums_of_few_taps_are_of_short_chains(op, shape):
-    """In half ulps the mean error is 0.66. In one chain it is more than 1."""
+    """In half ulps the mean error is 0.66. In one chain it is above the limit."""
     case = Case("few_taps", shape, (8, 8, 1, 1) if shape[2] < 16 else (7, 7, 1, 1))
     a, b = map(np.abs, case.operands(op))
     want = case.expected(op, a, b)

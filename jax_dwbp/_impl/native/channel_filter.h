@@ -48,8 +48,8 @@ constexpr int kMost = F::kReads ? 4 : COLUMNS;
 template <typename F>
 constexpr int kFewer = 0 < F::kTaps && F::kTaps <= 3 && kVectors == 1 ? (kMost<F> + 1) / 2 : kMost<F>;
 
-// Taps of a long row that are added at once: else each line is loaded for each tap, which takes 1.3
-// times as long. Few columns are not worth the time to compile it.
+// Taps of a long row that are added at once: else each line is loaded for each tap. Few columns are not
+// worth the time to compile it.
 constexpr int kTapsAtOnce = TAPS / ROWS;
 template <typename T, int kColumns>
 constexpr bool kAddsAtOnce = kVectors == 1 && sizeof(T) == 4 && 2 * kColumns > COLUMNS;

@@ -1,3 +1,5 @@
+// Which vectors a call is computed with, by what each kind costs.
+
 #include "choice.h"
 
 #include "plane_schedule.h"
@@ -56,7 +58,7 @@ int64_t ChannelCost(const RowCall& call) {
 // Of a plane.
 int64_t PlaneCost(const RowCall& call) {
   const int64_t lanes = call.kernels.lanes, taps = call.rows.kernel * call.columns.kernel;
-  const int64_t lines = CeilDiv(call.rows.out * call.columns.out, lanes);
+  const int64_t lines = PlaneLines(call);
   // The masks are made for all planes, bit by bit.
   const int64_t planes = call.sizes.problems * call.sizes.batch * call.Planes();
   return 40 + lines * (3 * taps + 6) + 10 * lines * lanes * taps / planes;

@@ -25,7 +25,7 @@ INLINE void ConvolveLines(const PlaneConvolution& conv, int64_t line) {
     for (; tap < end; ++tap, masks += kPlaneLines) {
       T value;
       Convert(filter[conv.weights[tap]], value);
-      const V weight = value - V{};  // everywhere
+      const V weight = value - V{};  // in all lanes
       const S* const read = in + conv.reads[tap];
       UNROLL for (int l = 0; l < kLines; ++l) {
         const auto x = Widened<S>(LoadMasked(read + l * kLanes<T>, masks[l]));

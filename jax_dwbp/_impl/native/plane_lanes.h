@@ -16,6 +16,7 @@ namespace jax_dwbp {
 constexpr int64_t kMostPlaneColumns = 15;
 // Lines that are computed together.
 constexpr int64_t kPlaneLines = 4;
+
 // A plane of a result, of the caller's arrays.
 struct PlaneConvolution {
   const void* in;

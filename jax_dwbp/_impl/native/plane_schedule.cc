@@ -12,10 +12,6 @@ constexpr int64_t kMostMasks = 4096;
 // Taps that are summed without pairs of sums.
 constexpr int64_t kMostTaps = 64;
 
-int64_t Lines(const RowCall& call) {
-  return CeilDiv(call.rows.out * call.columns.out, call.kernels.lanes);
-}
-
 // What the taps read and leave out, in the order of the filter's rows.
 struct PlaneTaps {
   std::vector<int64_t> weights, reads;
@@ -26,7 +22,7 @@ struct PlaneTaps {
     const int64_t width = columns.out, lanes = call.kernels.lanes;
     for (int64_t tap : call.Taps()) weights.push_back(tap * call.TapStep());
     const int64_t tap_count = weights.size();
-    masks.resize(tap_count * CeilDiv(Lines(call), kPlaneLines) * kPlaneLines);
+    masks.resize(tap_count * CeilDiv(PlaneLines(call), kPlaneLines) * kPlaneLines);
     uint16_t* mask = masks.data();
     for (int64_t r = 0; r < rows.kernel; ++r) {
       const int64_t down = rows.taps[0].offset + r * rows.dilation;
@@ -51,6 +47,10 @@ struct PlaneTaps {
 
 }  // namespace
 
+int64_t PlaneLines(const RowCall& call) {
+  return CeilDiv(call.rows.out * call.columns.out, call.kernels.lanes);
+}
+
 bool HasNarrowPlanes(const RowCall& call) {
   const RowAxis &rows = call.rows, &columns = call.columns;
   if (!call.kernels.plane_lanes || call.Period() > 1 || call.Sources() > 1) return false;
@@ -60,13 +60,13 @@ bool HasNarrowPlanes(const RowCall& call) {
   const bool is_narrow = columns.in == columns.out && columns.out < call.kernels.lanes &&
                          columns.kernel <= kMostPlaneColumns;
   const int64_t taps = rows.kernel * columns.kernel;
-  return is_narrow && taps <= kMostTaps && taps * Lines(call) <= kMostMasks;
+  return is_narrow && taps <= kMostTaps && taps * PlaneLines(call) <= kMostMasks;
 }
 
 void ConvolvePlanes(ffi::ThreadPool& pool, const RowCall& call) {
   const PlaneTaps taps(call);
   const int64_t element = call.kernels.element_size, channels = call.Planes();
-  const int64_t planes = call.sizes.problems * call.sizes.batch * channels, lines = Lines(call);
+  const int64_t planes = call.sizes.problems * call.sizes.batch * channels, lines = PlaneLines(call);
   const int64_t tap_count = taps.weights.size();
   const int64_t threads = planes * lines * (tap_count + 4) < kSmall ? 1 : pool.num_threads();
   const int64_t group = CeilDiv(planes, kTasks * std::max<int64_t>(threads, 1));

@@ -10,6 +10,9 @@ namespace jax_dwbp {
 // Whether planes are what there is, and narrower than a vector.
 bool HasNarrowPlanes(const RowCall& call);
 
+// Of a plane of the result.
+int64_t PlaneLines(const RowCall& call);
+
 void ConvolvePlanes(ffi::ThreadPool& pool, const RowCall& call);
 
 }  // namespace jax_dwbp
