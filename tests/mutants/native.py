@@ -17,12 +17,15 @@ _NAMES = (
     *("row_axis.cc", "row_plan.cc", "row_schedule.cc", "row_reduction.cc"),
     *("row_lanes.cc", "row_sums.cc", "row_moves.cc", "plane_schedule.cc", "plane_lanes.cc"),
 )
-_HEADERS = ("runtime.h", "vectors.h", "channel_filter.h", "channel_ring.h", "channel_planes.h")
+_HEADERS = (
+    *("runtime.h", "vectors.h", "lines.h"),
+    *("channel_filter.h", "channel_ring.h", "channel_planes.h"),
+)
 FILES = tuple(str(_FOLDER / name) for name in (*_NAMES, *_HEADERS))
 NATIVE_CPU, CHOICE, _, CHANNEL_AXIS, CHANNEL_RING, *_ = FILES
 CHANNEL_SCHEDULE, CHANNEL_REDUCTION, CHANNEL_LANES, CHANNEL_SUMS, CHANNEL_MOVES = FILES[5:10]
 ROW_AXIS, ROW_PLAN, ROW_SCHEDULE, ROW_REDUCTION, ROW_LANES, ROW_SUMS, ROW_MOVES = FILES[10:17]
-PLANE_SCHEDULE, PLANE_LANES, RUNTIME, VECTORS, *_ = FILES[17:]
+PLANE_SCHEDULE, PLANE_LANES, RUNTIME, VECTORS, LINES, *_ = FILES[17:]
 CHANNEL_FILTER, CHANNEL_RING_H, CHANNEL_PLANES = FILES[-3:]
 # Its names are those of the only kernels, so that nothing chooses among instruction sets.
 _COMPILER = (
@@ -149,6 +152,7 @@ FAULTS = [
             "call.sizes.channels > 0;",
             SANITIZERS,
         ),
+        ("in_place ? call.kernels.lanes * element : block", "in_place ? line : block", ALL),
     ),
     *faults(
         CHANNEL_RING_H,
@@ -182,6 +186,7 @@ FAULTS = [
             "std::exchange(held_image, image) < 0",
             CHANNELS,
         ),
+        ("call.kernels.element_size == 2 ? call.sizes.multiplier : 1", "1", ALL),
         ("kReductionRows = 32", "kReductionRows = int64_t{1} << 40", CHAINS),
         ("part += 2 * step", "part += 3 * step", ALL),
         # A read out of bounds: no value changes.
@@ -245,6 +250,11 @@ FAULTS = [
         ("tap.begin <= t && t + kColumns <= tap.end", "true", CHANNELS),
         ("adjacent && conv.in.column_bytes == conv.in.line_bytes", "adjacent", LARGE),
         ("reach.end = Min(reach.end, tap->end)", "reach.end = Max(reach.end, tap->end)", LARGE),
+        (
+            "if (conv.store) {\n          StoreWholeLine",
+            "if (true) {\n          StoreWholeLine",
+            ALL,
+        ),
     ),
     *faults(
         CHANNEL_SUMS,
@@ -274,6 +284,12 @@ FAULTS = [
         ),
         ("magnitude < 0x400 ? subnormal : normal", "normal", CONVERTED),
         ("to.bits = sign | (magnitude >= (143u", "to.bits = sign | (magnitude >= (144u", CONVERTED),
+        ("kChain = 7;", "kChain = 700;", CHAINS),
+        ("constexpr int kToNearest = 8", "constexpr int kToNearest = 9", CONVERTED),
+        ("epi16(0xaaaaaaaa, places", "epi16(0x2aaaaaaa, places", CONVERTED),
+    ),
+    *faults(
+        LINES,
         (
             "count >= kLanes<T>) return LoadLine",
             "count > kLanes<T>) return LoadLine",
@@ -281,9 +297,6 @@ FAULTS = [
             "both do",
         ),
         ("maskz_loadu_epi16(mask, from)", "maskz_loadu_epi16(mask >> 1, from)", ROWS),
-        ("kChain = 7;", "kChain = 700;", CHAINS),
-        ("constexpr int kToNearest = 8", "constexpr int kToNearest = 9", CONVERTED),
-        ("(bits, Words) << 16)", "(bits, Words) << 15)", CONVERTED),
     ),
     *faults(
         CHOICE,

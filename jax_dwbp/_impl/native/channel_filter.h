@@ -31,6 +31,10 @@
 namespace jax_dwbp {
 namespace {
 
+// Whether arrays of S are read in place: half types are where one operation widens a line.
+template <typename S>
+constexpr bool kReadsInPlace = sizeof(S) >= 4 || VECTOR_BYTES == 64;
+
 // What is known of a filter when this is compiled, or 0: its taps, which read adjacent lines, how many
 // lines the columns are apart, and the rows that only the first of two rows of the result reads, that
 // both read and that only the second reads. A single row is the first.

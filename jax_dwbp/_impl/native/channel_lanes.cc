@@ -3,6 +3,7 @@
 
 #include "channel_filter.h"
 #include "kernels.h"
+#include "lines.h"
 #include "vectors.h"
 
 namespace jax_dwbp {
@@ -55,7 +56,7 @@ struct Segment {
 
 // Adds what some taps of a row of the filter give, whose number is known and which read adjacent lines,
 // of which `lines` has a bit for each that is there. Each is loaded once, for all taps and rows.
-template <typename T, typename F, bool kBorder, int kRows, int kColumns>
+template <typename S, typename F, bool kBorder, typename T, int kRows, int kColumns>
 INLINE void AddAdjacent(Sums<T, kRows, kColumns>& sums, const char* row, const T* const* weights,
                         int first, int last, const Tap* taps, uint32_t lines, const Source& in,
                         Fetch& fetch) {
@@ -83,7 +84,7 @@ INLINE void AddAdjacent(Sums<T, kRows, kColumns>& sums, const char* row, const T
       __builtin_prefetch(read + kColumns * in.column_bytes);
     }
     if (kBorder && !(lines >> l & 1)) continue;
-    V x = Load<T>(read);
+    V x = Load<S>(read);
     IN_REGISTER(x);
     UNROLL for (int k = 0; k < kTaps; ++k) {
       if (l < k || (l - k) % kStride || (l - k) / kStride >= kColumns) continue;
@@ -97,7 +98,7 @@ INLINE void AddAdjacent(Sums<T, kRows, kColumns>& sums, const char* row, const T
 
 // Adds what a row of the filter gives to the rows `first` to `last` of the result. At a border some of
 // what taps read isn't there: the products with it are left out.
-template <typename T, typename F, bool kBorder, int kRows, int kColumns>
+template <typename S, typename F, bool kBorder, typename T, int kRows, int kColumns>
 INLINE void AddRow(Sums<T, kRows, kColumns>& sums, const char* row, const T* const* weights, int first,
                    int last, const Segment& segment, const Source& in, Fetch& fetch) {
   using V = typename Vector<T>::type;
@@ -105,7 +106,7 @@ INLINE void AddRow(Sums<T, kRows, kColumns>& sums, const char* row, const T* con
   constexpr int kTaps = F::kTaps;
   const Tap *const begin = segment.begin, *const end = segment.end;
   if constexpr (kTaps > 0 && kVectors == 1) {
-    AddAdjacent<T, F, kBorder>(sums, row, weights, first, last, begin, segment.lines, in, fetch);
+    AddAdjacent<S, F, kBorder>(sums, row, weights, first, last, begin, segment.lines, in, fetch);
   } else {
     const auto add = [&](const Tap* tap) __attribute__((always_inline)) {
       const char* read = row + tap->read;
@@ -119,7 +120,7 @@ INLINE void AddRow(Sums<T, kRows, kColumns>& sums, const char* row, const T* con
         }
         UNROLL for (int j = 0; j < kColumns; ++j) {
           if (kBorder && !(meets >> j & 1)) continue;
-          V x = Load<T>(read + j * in.column_bytes + v * VECTOR_BYTES);
+          V x = Load<S>(read + j * in.column_bytes + v * VECTOR_BYTES);
           if (first < last) IN_REGISTER(x);
           UNROLL for (int i = 0; i < kRows; ++i) {
             if (i < first || i > last) continue;
@@ -136,7 +137,7 @@ INLINE void AddRow(Sums<T, kRows, kColumns>& sums, const char* row, const T* con
         if (segment.all_end - segment.all_begin >= kTapsAtOnce) {
           for (; tap < segment.all_begin; ++tap) add(tap);
           for (; segment.all_end - tap >= kTapsAtOnce; tap += kTapsAtOnce) {
-            AddAdjacent<T, Filter<kTapsAtOnce>, false>(sums, row, weights, first, last, tap, 0, in,
+            AddAdjacent<S, Filter<kTapsAtOnce>, false>(sums, row, weights, first, last, tap, 0, in,
                                                        fetch);
           }
         }
@@ -207,8 +208,9 @@ INLINE Result SumRows(const Convolution& conv, int64_t chain_rows, const Add& ad
 }
 
 // Not inlined, for the registers.
-template <typename T, typename F, bool kBorder, int kRows, int kColumns>
+template <typename S, typename F, bool kBorder, int kRows, int kColumns>
 __attribute__((noinline)) void ConvolveSegment(const Convolution& convolution, const Segment& segment) {
+  using T = typename Compute<S>::type;
   using Result = Sums<T, kRows, kColumns>;
   // A copy, which no result that is stored may change.
   const Convolution conv = convolution;
@@ -217,7 +219,7 @@ __attribute__((noinline)) void ConvolveSegment(const Convolution& convolution, c
   char* outs[kRows];
   UNROLL for (int i = 0; i < kRows; ++i) outs[i] = conv.out[i] + segment.t * conv.column_bytes;
   const int64_t stride = F::kTaps ? F::kStride : conv.in.column_bytes / conv.in.line_bytes;
-  const int64_t share = conv.in.ahead.rows * stride * 64;
+  const int64_t share = conv.in.ahead.rows * stride * kLanes<T> * sizeof(S);
   Fetch fetch;
   fetch.next = fetch.end = conv.in.ahead.data + share * segment.t * conv.blocks;
   for (int64_t block = 0; block < conv.blocks; ++block) {
@@ -229,7 +231,7 @@ __attribute__((noinline)) void ConvolveSegment(const Convolution& convolution, c
       UNROLL for (int i = 0; i < kRows; ++i) {
         weights[i] = reinterpret_cast<const T*>(conv.weights[i][r] + weight_lines);
       }
-      AddRow<T, F, kBorder>(sums, conv.in.rows[r] + read_bytes, weights, first, last, segment, conv.in,
+      AddRow<S, F, kBorder>(sums, conv.in.rows[r] + read_bytes, weights, first, last, segment, conv.in,
                             fetch);
     };
     Result sums;
@@ -241,7 +243,7 @@ __attribute__((noinline)) void ConvolveSegment(const Convolution& convolution, c
     fetch.Rest();
     UNROLL for (int i = 0; i < kRows; ++i) {
       char* out = outs[i] + block * conv.out_bytes;
-      if (conv.store) {
+      if (sizeof(S) == sizeof(T) && conv.store) {
         typename Vector<T>::type lines[kColumns][kVectors];
         UNROLL for (int j = 0; j < kColumns; ++j) {
           UNROLL for (int v = 0; v < kVectors; ++v) lines[j][v] = sums.of[i][j][v];
@@ -253,16 +255,19 @@ __attribute__((noinline)) void ConvolveSegment(const Convolution& convolution, c
         AS_POINTER(out);
         // What is written next, else each line of it would be waited for.
         __builtin_prefetch(out + kColumns * conv.column_bytes, 1);
-        UNROLL for (int v = 0; v < kVectors; ++v) {
-          *reinterpret_cast<typename Vector<T>::unaligned*>(out + v * VECTOR_BYTES) = sums.of[i][j][v];
+        if (conv.store) {
+          StoreWholeLine<S, T>(sums.of[i][j], reinterpret_cast<S*>(out));
+        } else {
+          StoreWholeLine<T, T>(sums.of[i][j], reinterpret_cast<T*>(out));
         }
       }
     }
   }
 }
 
-template <typename T, typename F, int kRows, int kColumns>
+template <typename S, typename F, int kRows, int kColumns>
 INLINE void ConvolveColumns(const Convolution& conv, const Reach& reach, int64_t t) {
+  using T = typename Compute<S>::type;
   Segment segment;
   segment.t = t, segment.begin = conv.taps, segment.end = conv.taps + conv.tap_count;
   const bool is_wide = conv.tap_count > kSkip;
@@ -277,7 +282,7 @@ INLINE void ConvolveColumns(const Convolution& conv, const Reach& reach, int64_t
   segment.all_end = reach.is_adjacent ? segment.end : segment.begin;
   const bool border = (is_wide || !conv.in.packed) && taps <= kBorderTaps &&
                       (reach.begin > t || reach.end < t + kColumns);
-  if (!border) return ConvolveSegment<T, F, false, kRows, kColumns>(conv, segment);
+  if (!border) return ConvolveSegment<S, F, false, kRows, kColumns>(conv, segment);
   if constexpr (F::kTaps == 0 && kAddsAtOnce<T, kColumns>) {
     const auto is_met = [=](const Tap& tap) { return tap.begin <= t && t + kColumns <= tap.end; };
     while (segment.all_begin < segment.all_end && !is_met(*segment.all_begin)) ++segment.all_begin;
@@ -297,27 +302,27 @@ INLINE void ConvolveColumns(const Convolution& conv, const Reach& reach, int64_t
       if (tap < F::kTaps) segment.lines |= uint32_t{segment.meets[tap] >> column & 1u} << line;
     }
   }
-  ConvolveSegment<T, F, true, kRows, kColumns>(conv, segment);
+  ConvolveSegment<S, F, true, kRows, kColumns>(conv, segment);
 }
 
 // The template of a number of columns that is known when it runs.
-template <typename T, typename F, int kRows, int kColumns>
+template <typename S, typename F, int kRows, int kColumns>
 void ConvolveSome(const Convolution& conv, const Reach& reach, int64_t columns, int64_t t) {
   if constexpr (kColumns > 0) {
     if (columns == kColumns) {
       // The rows are known only where that is worth the time to compile it.
-      constexpr bool kKnown = 3 * kColumns > kMost<F> && sizeof(T) == 4;
+      constexpr bool kKnown = 3 * kColumns > kMost<F> && sizeof(S) < 8;
       if constexpr (kKnown) {
-        return ConvolveColumns<T, F, kRows, kColumns>(conv, reach, t);
+        return ConvolveColumns<S, F, kRows, kColumns>(conv, reach, t);
       } else {
-        return ConvolveColumns<T, Filter<F::kTaps, F::kStride>, kRows, kColumns>(conv, reach, t);
+        return ConvolveColumns<S, Filter<F::kTaps, F::kStride>, kRows, kColumns>(conv, reach, t);
       }
     }
-    ConvolveSome<T, F, kRows, kColumns - 1>(conv, reach, columns, t);
+    ConvolveSome<S, F, kRows, kColumns - 1>(conv, reach, columns, t);
   }
 }
 
-template <typename T, typename F, int kRows>
+template <typename S, typename F, int kRows>
 void ConvolveSegments(const Convolution& conv, bool is_adjacent) {
   Reach reach{.begin = 0, .end = conv.columns, .is_adjacent = is_adjacent};
   for (const Tap* tap = conv.taps; tap < conv.taps + conv.tap_count; ++tap) {
@@ -330,12 +335,12 @@ void ConvolveSegments(const Convolution& conv, bool is_adjacent) {
   const int64_t segments = (conv.columns + most - 1) / most;
   for (int64_t i = 0; i < segments; ++i) {
     const int64_t t = i * conv.columns / segments, next = (i + 1) * conv.columns / segments;
-    ConvolveSome<T, F, kRows, kMost<F>>(conv, reach, next - t, t);
+    ConvolveSome<S, F, kRows, kMost<F>>(conv, reach, next - t, t);
   }
 }
 
 // By the first of some filters that fits.
-template <typename T, int kRows, typename... Filters>
+template <typename S, int kRows, typename... Filters>
 void ConvolveFilter(const Convolution& conv) {
   const bool adjacent = AreAdjacent(conv.in, conv.taps, conv.tap_count);
   const auto convolve = [&](auto filter) {
@@ -348,46 +353,55 @@ void ConvolveFilter(const Convolution& conv) {
       if (conv.both_begin != F::kFirst || conv.both_end != F::kFirst + F::kBoth) return false;
       if (conv.in.row_count != F::kAll) return false;
     }
-    ConvolveSegments<T, F, kRows>(conv, adjacent && conv.in.column_bytes == conv.in.line_bytes);
+    ConvolveSegments<S, F, kRows>(conv, adjacent && conv.in.column_bytes == conv.in.line_bytes);
     return true;
   };
   (convolve(Filters()) || ...);
 }
 
-template <typename T, int kRows, typename... Known>
+template <typename S, int kRows, typename... Known>
 void ConvolveKnown(const Convolution& conv) {
-  ConvolveFilter<T, kRows, Known..., Filter<3>, Filter<5>, Filter<7>, Filter<3, 2>, Filter<5, 2>,
+  ConvolveFilter<S, kRows, Known..., Filter<3>, Filter<5>, Filter<7>, Filter<3, 2>, Filter<5, 2>,
                  Filter<>>(conv);
 }
 
-template <typename T>
+template <typename S>
 void Convolve(const Convolution& conv) {
-  // Of float64 nothing is known: the time to compile that would be as long again.
-  // Known are 3x3 filters, where a row of padding is above or below or none, also under a stride of 2,
-  // the phases of the input gradient of 3x3 and 5x5 under a stride of 2, and what has one dimension.
-  if constexpr (sizeof(T) == 8) {
-    if (ROWS > 1 && conv.out[1]) return ConvolveFilter<T, ROWS, Filter<>>(conv);
-    ConvolveFilter<T, 1, Filter<>>(conv);
+  // Of float64 nothing is known, and less of half types: the time to compile that would be as long
+  // again. Known are 3x3 filters, where a row of padding is above or below or none, also under a stride
+  // of 2, the phases of the input gradient of 3x3 and 5x5 under a stride of 2, and what has one
+  // dimension.
+  if constexpr (sizeof(S) == 8) {
+    if (ROWS > 1 && conv.out[1]) return ConvolveFilter<S, ROWS, Filter<>>(conv);
+    ConvolveFilter<S, 1, Filter<>>(conv);
+  } else if constexpr (sizeof(S) == 2) {
+    if (!conv.out[1]) return ConvolveFilter<S, 1, Filter<3>, Filter<5>, Filter<>>(conv);
+    ConvolveFilter<S, 2, Filter<3, 1, 1, 2, 1>, Filter<3, 1, 0, 2, 1>, Filter<3, 1, 1, 2, 0>,
+                   Filter<3, 2, 2, 1, 2>, Filter<3>, Filter<5>, Filter<7>, Filter<>>(conv);
   } else if constexpr (ROWS == 1) {
-    ConvolveKnown<T, 1, Filter<3, 1, 3>, Filter<3, 1, 2>, Filter<2, 1, 3>, Filter<2, 1, 2>,
+    ConvolveKnown<S, 1, Filter<3, 1, 3>, Filter<3, 1, 2>, Filter<2, 1, 3>, Filter<2, 1, 2>,
                   Filter<2, 1, 1>, Filter<1, 1, 2>, Filter<1, 1, 1>, Filter<3, 2, 3>, Filter<3, 1, 1>,
                   Filter<4, 1, 1>>(conv);
   } else if (conv.out[1]) {
-    ConvolveKnown<T, 2, Filter<3, 1, 1, 2, 1>, Filter<3, 1, 0, 2, 1>, Filter<3, 1, 1, 2, 0>,
+    ConvolveKnown<S, 2, Filter<3, 1, 1, 2, 1>, Filter<3, 1, 0, 2, 1>, Filter<3, 1, 1, 2, 0>,
                   Filter<3, 2, 2, 1, 2>, Filter<3, 1, 1, 1, 1>, Filter<2, 1, 1, 2, 1>,
                   Filter<2, 1, 1, 1, 1>, Filter<2, 1, 1, 0, 1>, Filter<1, 1, 1, 1, 1>,
                   Filter<1, 1, 1, 0, 1>>(conv);
   } else {
-    ConvolveKnown<T, 1, Filter<3, 1, 2>, Filter<3, 1, 1>, Filter<4, 1, 1>>(conv);
+    ConvolveKnown<S, 1, Filter<3, 1, 2>, Filter<3, 1, 1>, Filter<4, 1, 1>>(conv);
   }
 }
 
-template <typename T>
-constexpr ChannelKernels kTable = {ROWS, Convolve<T>};
+template <typename S>
+constexpr ChannelKernels KernelsOf() {
+  const auto lines = Convolve<typename Compute<S>::type>;
+  if constexpr (kReadsInPlace<S>) return {ROWS, lines, Convolve<S>};
+  return {ROWS, lines, nullptr};
+}
 
 }  // namespace
 
-const ChannelKernels OF_INSTRUCTION_SET(ChannelKernels)[4] = {kTable<float>, kTable<float>,
-                                                              kTable<float>, kTable<double>};
+const ChannelKernels OF_INSTRUCTION_SET(ChannelKernels)[4] = {KernelsOf<Half>(), KernelsOf<Brain>(),
+                                                              KernelsOf<float>(), KernelsOf<double>()};
 
 }  // namespace jax_dwbp

@@ -1,10 +1,9 @@
 // What is packed to lines of channels and emitted from them. What vectors.h says of instruction sets
 // holds here too.
 
-#include <type_traits>
-
 #include "channel_planes.h"
 #include "kernels.h"
+#include "lines.h"
 #include "vectors.h"
 
 namespace jax_dwbp {
@@ -178,27 +177,9 @@ void Pack(const ChannelCopy& copy, const PackedColumns& columns) {
 #endif
 }
 
-#if defined(__AVX512F__)
-// By an instruction that some processors with AVX-512 have, in a quarter of the operations. It takes
-// subnormal values for 0, which on XLA's threads no sum is.
-__attribute__((target("avx512bf16"))) void StoreBrains(const Line* lines, int64_t columns, char* out,
-                                                       int64_t column_bytes) {
-  for (int64_t t = 0; t < columns; ++t, out += column_bytes) {
-    const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_load_ps(lines + t));
-    __builtin_memcpy(out, &rounded, sizeof(rounded));
-  }
-}
-#endif
-
 template <typename S>
 void StoreLines(const Line* lines, int64_t columns, char* out, int64_t column_bytes) {
   using T = typename Compute<S>::type;
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<S, Brain>) {
-    static const bool is_there = __builtin_cpu_supports("avx512bf16");
-    if (is_there) return StoreBrains(lines, columns, out, column_bytes);
-  }
-#endif
   for (int64_t t = 0; t < columns; ++t, out += column_bytes) {
     typename Vector<T>::type line[kVectors];
     __builtin_memcpy(line, lines + t, sizeof(line));

@@ -5,6 +5,7 @@
 #define JAX_DWBP_CHANNEL_PLANES_H_
 
 #include "kernels.h"
+#include "lines.h"
 #include "vectors.h"
 
 #if defined(__AVX512F__)

@@ -18,6 +18,11 @@ constexpr int64_t kReductionBlocks = 4;
 // So many rows are added up before they join others.
 constexpr int64_t kReductionRows = 32;
 
+// Whether the input is read in place: of a half type only where dy is too.
+bool ReadsInPlace(const ChannelCall& call) {
+  return IsLines(call, call.in, call.kernels.element_size == 2 ? call.sizes.multiplier : 1);
+}
+
 // How the work is cut. All but the threads is fixed by the shapes, as is the order of all sums.
 struct ChannelSumPlan {
   const ChannelCall& call;
@@ -34,7 +39,7 @@ struct ChannelSumPlan {
 
   ChannelSumPlan(const ChannelCall& call, const ffi::ThreadPool& pool)
       : call(call),
-        read(call, IsLines(call, call.in, 1), kReductionColumns),
+        read(call, ReadsInPlace(call), kReductionColumns),
         dy_in_place(IsLines(call, call.out, call.sizes.multiplier)),
         multiplier(call.sizes.multiplier),
         blocks(call.Blocks()),
@@ -190,7 +195,8 @@ struct SumTask {
                             .start_bytes = 0,
                             .column_bytes = dy_column,
                             .line_bytes = dy_column,
-                            .block_bytes = in_place ? line : plan.multiplier * plan.dy_plane * line,
+                            .block_bytes = in_place ? call.kernels.lanes * element
+                                                    : plan.multiplier * plan.dy_plane * line,
                             .packed = !in_place,
                             .ahead = dy_ahead},
                      .sums = scratch.sums.data(),
@@ -201,7 +207,8 @@ struct SumTask {
                      .blocks = blocks.Count(),
                      .sum_lines = plan.SumLines(1)};
     for (int64_t m = 0; m < plan.multiplier; ++m) {
-      call.kernels.channel_sums->correlate(corr);
+      const ChannelSums& sums = *call.kernels.channel_sums;
+      (plan.read.in_place ? sums.correlate_in_place : sums.correlate)(corr);
       corr.in.ahead = {};
       corr.dy.start_bytes += plan.dy_plane * line;
       corr.sum_start += plan.sum_plane;

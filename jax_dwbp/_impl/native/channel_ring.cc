@@ -24,8 +24,7 @@ bool HasLines(const ChannelCall& call, const Tensor& tensor, int64_t multiplier)
   return multiplier == 1 && tensor.depth == 1 && call.sizes.channels >= call.kernels.lanes;
 }
 bool IsLines(const ChannelCall& call, const Tensor& tensor, int64_t multiplier) {
-  const int64_t bytes = call.kernels.element_size * call.kernels.lanes;
-  return HasLines(call, tensor, multiplier) && bytes == sizeof(Line);
+  return HasLines(call, tensor, multiplier) && call.kernels.channel_lanes->convolve_in_place;
 }
 
 int64_t BlocksPerTask(int64_t blocks, int64_t block_lines, int64_t most) {
@@ -73,7 +72,7 @@ ReadPlan::ReadPlan(const ChannelCall& call, bool in_place, int64_t most_columns)
   row_bytes = call.in.row * element;
   line_bytes = in_place ? call.in.column * element : line;
   column_bytes = in_place ? columns.read_step * line_bytes : line;
-  block_bytes = in_place ? line : block * line;
+  block_bytes = in_place ? call.kernels.lanes * element : block * line;
 }
 
 bool ReadPlan::Meets(const AxisTap& tap, int64_t start) const {

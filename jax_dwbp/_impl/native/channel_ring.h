@@ -19,7 +19,7 @@ inline int64_t Odd(int64_t lines) { return lines | 1; }
 
 // Whether lines can be written to the array in place.
 bool HasLines(const ChannelCall& call, const Tensor& tensor, int64_t multiplier);
-// Whether they can also be read there, as they are what is computed with.
+// Whether they can also be read there.
 bool IsLines(const ChannelCall& call, const Tensor& tensor, int64_t multiplier);
 
 // Blocks of channels for each task, of even size, where each takes so many lines of scratch.

@@ -242,7 +242,8 @@ struct ConvolveTask {
         Line* const lines = buffer + i * buffer_row + m * plan.buffer_plane;
         conv.out[i] = in_place ? result + i * next_row : reinterpret_cast<char*>(lines);
       }
-      call.kernels.channel_lanes->convolve(conv);
+      const ChannelKernels& lanes = *call.kernels.channel_lanes;
+      (plan.read.in_place ? lanes.convolve_in_place : lanes.convolve)(conv);
       conv.in.ahead = {};
       conv.weight_start += plan.weight_plane;
     }

@@ -12,8 +12,11 @@ namespace {
 constexpr int kLineRows = 3;
 
 // All that a block reads next.
+template <typename S>
 INLINE void Prefetch(const Source& source, int64_t columns, int64_t block) {
-  const int64_t bytes = source.ahead.rows * (source.column_bytes / source.line_bytes) * columns * 64;
+  constexpr int64_t kLineBytes = kLanes<typename Compute<S>::type> * sizeof(S);
+  const int64_t bytes =
+      source.ahead.rows * (source.column_bytes / source.line_bytes) * columns * kLineBytes;
   const char* line = source.ahead.data + block * bytes;
   for (const char* const end = line + bytes; line < end; line += 64) __builtin_prefetch(line, 0, 2);
 }
@@ -29,7 +32,7 @@ struct TapGroup {
   uint32_t meet[kReductionColumns + 1];
 };
 
-template <typename T, int kTaps>
+template <typename S, int kTaps, typename T>
 INLINE void CorrelateTaps(const Correlation& corr, const TapGroup<T>& group, int64_t block) {
   using V = typename Vector<T>::type;
   constexpr int kStep = VECTOR_BYTES / sizeof(T);
@@ -38,13 +41,13 @@ INLINE void CorrelateTaps(const Correlation& corr, const TapGroup<T>& group, int
   const auto add = [&](int64_t t, auto check) __attribute__((always_inline)) {
     V u[kVectors];
     UNROLL for (int v = 0; v < kVectors; ++v) {
-      u[v] = Load<T>(dy + t * corr.dy.column_bytes + v * VECTOR_BYTES);
+      u[v] = Load<S>(dy + t * corr.dy.column_bytes + v * VECTOR_BYTES);
     }
     const int64_t offset = block * corr.in.block_bytes + t * corr.in.column_bytes;
     UNROLL for (int i = 0; i < kTaps; ++i) {
       if (decltype(check)::value && !(group.meet[t] >> i & 1)) continue;
       UNROLL for (int v = 0; v < kVectors; ++v) {
-        sums[i][v] += Load<T>(group.reads[i] + offset + v * VECTOR_BYTES) * u[v];
+        sums[i][v] += Load<S>(group.reads[i] + offset + v * VECTOR_BYTES) * u[v];
       }
     }
   };
@@ -58,31 +61,32 @@ INLINE void CorrelateTaps(const Correlation& corr, const TapGroup<T>& group, int
   }
 }
 
-template <typename T, int kTaps>
+template <typename S, int kTaps, typename T>
 void CorrelateSome(const Correlation& corr, const TapGroup<T>& group, int64_t count, bool prefetch) {
   if constexpr (kTaps > 0) {
-    if (count != kTaps) return CorrelateSome<T, kTaps - 1>(corr, group, count, prefetch);
+    if (count != kTaps) return CorrelateSome<S, kTaps - 1>(corr, group, count, prefetch);
     for (int64_t block = 0; block < corr.blocks; ++block) {
       if (prefetch) {
-        Prefetch(corr.in, corr.columns, block);
-        Prefetch(corr.dy, corr.columns, block);
+        Prefetch<S>(corr.in, corr.columns, block);
+        Prefetch<S>(corr.dy, corr.columns, block);
       }
-      CorrelateTaps<T, kTaps>(corr, group, block);
+      CorrelateTaps<S, kTaps>(corr, group, block);
     }
   }
 }
 
 // The sums of kRows rows of the filter, over `segments` times kColumns columns. Each line is loaded
 // once, for all its taps; `lines` has a bit for each that is there, for each segment.
-template <typename T, typename F, int kRows, int kColumns>
+template <typename S, typename F, int kRows, int kColumns>
 void CorrelateLines(const Correlation& corr, int64_t row, int64_t t, int64_t segments,
                     const uint32_t* lines) {
+  using T = typename Compute<S>::type;
   using V = typename Vector<T>::type;
   constexpr int kTaps = F::kTaps, kCount = kLines<F, kColumns>;
   for (int64_t block = 0; block < corr.blocks; ++block) {
     if (row == 0 && t == 0) {
-      Prefetch(corr.in, corr.columns, block);
-      Prefetch(corr.dy, corr.columns, block);
+      Prefetch<S>(corr.in, corr.columns, block);
+      Prefetch<S>(corr.dy, corr.columns, block);
     }
     const char* dy =
         *corr.dy.rows + corr.dy.start_bytes + block * corr.dy.block_bytes + t * corr.dy.column_bytes;
@@ -93,7 +97,7 @@ void CorrelateLines(const Correlation& corr, int64_t row, int64_t t, int64_t seg
       V u[kColumns];
       UNROLL for (int j = 0; j < kColumns; ++j, dy += corr.dy.column_bytes) {
         AS_POINTER(dy);
-        u[j] = Load<T>(dy);
+        u[j] = Load<S>(dy);
         IN_REGISTER(u[j]);
       }
       UNROLL for (int i = 0; i < kRows; ++i) {
@@ -101,7 +105,7 @@ void CorrelateLines(const Correlation& corr, int64_t row, int64_t t, int64_t seg
         UNROLL for (int l = 0; l < kCount; ++l, read += corr.in.line_bytes) {
           AS_POINTER(read);
           if (!(lines[s] >> l & 1)) continue;
-          V x = Load<T>(read);
+          V x = Load<S>(read);
           IN_REGISTER(x);
           UNROLL for (int k = 0; k < kTaps; ++k) {
             if (l < k || (l - k) % F::kStride || (l - k) / F::kStride >= kColumns) continue;
@@ -121,19 +125,19 @@ void CorrelateLines(const Correlation& corr, int64_t row, int64_t t, int64_t seg
 }
 
 // The template of numbers that are known when it runs.
-template <typename T, typename F, int kRows = kLineRows, int kColumns = COLUMNS, typename... Args>
+template <typename S, typename F, int kRows = kLineRows, int kColumns = COLUMNS, typename... Args>
 void CorrelateSomeLines(int64_t rows, int64_t columns, const Args&... args) {
   // No segment has less than half of the most columns.
   if constexpr (kRows > 0 && 2 * kColumns >= COLUMNS) {
-    if (rows != kRows) return CorrelateSomeLines<T, F, kRows - 1, kColumns>(rows, columns, args...);
+    if (rows != kRows) return CorrelateSomeLines<S, F, kRows - 1, kColumns>(rows, columns, args...);
     if (columns != kColumns) {
-      return CorrelateSomeLines<T, F, kRows, kColumns - 1>(rows, columns, args...);
+      return CorrelateSomeLines<S, F, kRows, kColumns - 1>(rows, columns, args...);
     }
-    CorrelateLines<T, F, kRows, kColumns>(args...);
+    CorrelateLines<S, F, kRows, kColumns>(args...);
   }
 }
 
-template <typename T, typename F>
+template <typename S, typename F>
 void CorrelateFilter(const Correlation& corr) {
   // Of two sizes, first the larger one.
   const int64_t segments = (corr.columns + COLUMNS - 1) / COLUMNS;
@@ -156,15 +160,16 @@ void CorrelateFilter(const Correlation& corr) {
   const int64_t rows = corr.in.row_count, parts = (rows + kLineRows - 1) / kLineRows;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t row = part * rows / parts, count = (part + 1) * rows / parts - row;
-    CorrelateSomeLines<T, F>(count, columns, corr, row, int64_t{0}, wide, lines);
+    CorrelateSomeLines<S, F>(count, columns, corr, row, int64_t{0}, wide, lines);
     if (wide == segments) continue;
-    CorrelateSomeLines<T, F>(count, columns - 1, corr, row, wide * columns, segments - wide,
+    CorrelateSomeLines<S, F>(count, columns - 1, corr, row, wide * columns, segments - wide,
                              lines + wide);
   }
 }
 
-template <typename T>
+template <typename S>
 void CorrelateGroups(const Correlation& corr) {
+  using T = typename Compute<S>::type;
   const int64_t taps = corr.in.row_count * corr.tap_count;
   const int64_t groups = (taps + TAPS - 1) / TAPS;
   const Tap *tap = corr.taps, *const end = corr.taps + corr.tap_count;
@@ -191,40 +196,44 @@ void CorrelateGroups(const Correlation& corr) {
     }
     for (int64_t t = 1; !corr.in.packed && t < corr.columns; ++t) group.meet[t] ^= group.meet[t - 1];
     if (corr.in.packed) group.all_begin = group.begin, group.all_end = group.end;
-    CorrelateSome<T, TAPS>(corr, group, count, g == 0);
+    CorrelateSome<S, TAPS>(corr, group, count, g == 0);
   }
 }
 
-template <typename T, typename... Filters>
+template <typename S, typename... Filters>
 bool CorrelateByLines(const Correlation& corr) {
   const auto correlate = [&](auto filter) {
     using F = decltype(filter);
     if (corr.tap_count != F::kTaps || corr.in.column_bytes != F::kStride * corr.in.line_bytes) {
       return false;
     }
-    CorrelateFilter<T, F>(corr);
+    CorrelateFilter<S, F>(corr);
     return true;
   };
   return AreAdjacent(corr.in, corr.taps, corr.tap_count) && (correlate(Filters()) || ...);
 }
 
-template <typename T>
+template <typename S>
 void Correlate(const Correlation& corr) {
-  if constexpr (kVectors == 1 && sizeof(T) == 4) {
+  if constexpr (kVectors == 1 && sizeof(S) < 8) {
     if (2 * corr.columns > COLUMNS &&
-        CorrelateByLines<T, Filter<3>, Filter<5>, Filter<7>, Filter<5, 2>>(corr)) {
+        CorrelateByLines<S, Filter<3>, Filter<5>, Filter<7>, Filter<5, 2>>(corr)) {
       return;
     }
   }
-  CorrelateGroups<T>(corr);
+  CorrelateGroups<S>(corr);
 }
 
-template <typename T>
-constexpr ChannelSums kTable = {Correlate<T>};
+template <typename S>
+constexpr ChannelSums SumsOf() {
+  const auto lines = Correlate<typename Compute<S>::type>;
+  if constexpr (kReadsInPlace<S>) return {lines, Correlate<S>};
+  return {lines, nullptr};
+}
 
 }  // namespace
 
-const ChannelSums OF_INSTRUCTION_SET(ChannelSums)[4] = {kTable<float>, kTable<float>, kTable<float>,
-                                                        kTable<double>};
+const ChannelSums OF_INSTRUCTION_SET(ChannelSums)[4] = {SumsOf<Half>(), SumsOf<Brain>(),
+                                                        SumsOf<float>(), SumsOf<double>()};
 
 }  // namespace jax_dwbp

@@ -70,7 +70,7 @@ int64_t PlaneCost(const RowCall& call) {
 // channels over those by rows, of forward and filter gradient, on 2 cores with AVX-512 in float32.
 // clang-format off
 //   NHWC 8x56x56, 3x3: 1 channel 12, 11; 9 channels 2.4, 3.3; 15 channels 2.4, 2.7
-//   NHWC 8x56x56, bfloat16: 16 channels, 3x3 2.0, 2.8; 7x7 1.3, 1.6
+//   NHWC 8x56x56, bfloat16, 16 channels: 3x3 1.0, 1.0; 7x7 1.0, 1.0; 3x3, stride of 2 0.7, 0.7
 //   NHWC 8x56x56, 7x7: 9 channels 1.9, 1.7; 15 channels 1.3, 1.5; 11x11, 15 channels 1.1, 1.6
 //   NHWC 8x56x56, stride of 2, 5x5: 6 channels 2.8, 3.5; 12 channels 1.8, 2.0; 3 channels, M=4 5.7, 4.2
 //   NCHW 3x3: 8x144x56x56 1.6, 1.2; 8x576x14x14 1.1, 1.2; 8x960x7x7 0.7, 0.8; 8x384x3x3 0.5, 0.7
@@ -83,9 +83,8 @@ int64_t PlaneCost(const RowCall& call) {
 // rows on 1,000 problems of 8x8.
 Vectors Choose(const RowCall& call, bool is_filter_grad) {
   const int64_t channels = call.sizes.channels, lanes = call.kernels.lanes;
-  // What consists of lines as it is is computed where it is.
-  if (!call.channels_first && channels % lanes == 0 &&
-      call.kernels.element_size * lanes == static_cast<int64_t>(sizeof(Line))) {
+  // What consists of lines is computed where it is.
+  if (!call.channels_first && channels % lanes == 0 && call.kernels.channel_lanes->convolve_in_place) {
     return Vectors::kChannels;
   }
   Vectors best = Vectors::kChannels;

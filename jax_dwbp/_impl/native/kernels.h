@@ -4,7 +4,8 @@
 // Both speak of lines: 64 bytes that hold 16 float32 or 8 float64 values, one for each of as many
 // adjacent channels. Arrays of the caller are packed into lines of scratch, by which layout, data type,
 // padding, stride and depth multiplier are out of the way, and results are emitted from lines. Where an
-// array consists of lines as it is, small filters read it in place, and results are written in place.
+// array consists of lines, small filters read it in place, and results are written in place. Half types
+// are widened to float32 as they are loaded, if that is one operation, and else as they are packed.
 
 #ifndef JAX_DWBP_KERNELS_H_
 #define JAX_DWBP_KERNELS_H_
@@ -112,7 +113,7 @@ struct Correlation {
   int64_t sum_lines;  // from one block to the next
 };
 
-// Of one instruction set and one data type. Half types are packed to float32.
+// Of one instruction set and one data type.
 struct ChannelMoves {
   bool by_vectors;  // planes of channels that are apart
   void (*pack)(const ChannelCopy&, const PackedColumns&);
@@ -127,11 +128,15 @@ struct ChannelKernels {
   int64_t rows;  // of the result that `convolve` takes at a time
   // out[i][t] = sum over rows and taps of what tap reads for t * weights[i][r][tap.weight]
   void (*convolve)(const Convolution&);
+  // The same of rows of the caller's array, or null if these have to be packed.
+  void (*convolve_in_place)(const Convolution&);
 };
 
 struct ChannelSums {
   // sums[r][tap.weight] += sum over t of dy[t] * what tap reads for t
   void (*correlate)(const Correlation&);
+  // The same of rows of the caller's arrays, both of them, or null.
+  void (*correlate_in_place)(const Correlation&);
 };
 
 // By data type.

@@ -3,6 +3,7 @@
 #include "plane_lanes.h"
 
 #include "kernels.h"
+#include "lines.h"
 #include "vectors.h"
 
 namespace jax_dwbp {

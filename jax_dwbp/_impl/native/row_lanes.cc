@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "kernels.h"
+#include "lines.h"
 #include "vectors.h"
 
 // kRows rows of kLines lines of a result are held in registers: twice, as a running sum and as the sum

@@ -1,6 +1,7 @@
 // What is moved to rows and from them. What vectors.h says of instruction sets holds here too.
 
 #include "kernels.h"
+#include "lines.h"
 #include "row_lanes.h"
 #include "vectors.h"
 

@@ -2,6 +2,7 @@
 // here too.
 
 #include "kernels.h"
+#include "lines.h"
 #include "row_lanes.h"
 #include "vectors.h"
 
