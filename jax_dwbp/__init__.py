@@ -7,7 +7,8 @@ from jax_dwbp._api import (
     depthwise_conv2d_native_backprop_input,
     implementations,
 )
-from jax_dwbp._conv_general_dilated import conv_general_dilated, in_place_of_lax
+from jax_dwbp._conv_general_dilated import conv_general_dilated
+from jax_dwbp._in_place_of_lax import in_place_of_lax, install, uninstall
 from jax_dwbp._version import __version__
 
 __all__ = [
@@ -19,4 +20,6 @@ __all__ = [
     "depthwise_conv2d_native_backprop_input",
     "implementations",
     "in_place_of_lax",
+    "install",
+    "uninstall",
 ]

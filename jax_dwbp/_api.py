@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from jax_dwbp import _compat, _rules, _select
 from jax_dwbp._compat import Target
+from jax_dwbp._in_place_of_lax import ops_of_lax
 from jax_dwbp._spec import (
     DTYPES,
     FILTER_GRAD,
@@ -269,8 +270,7 @@ def implementations(
 
     Returns:
       One `Selection` for each depthwise convolution that the result needs, in traced order. So it
-      is for a convolution that `jax_dwbp.conv_general_dilated` left to lax: it "runs" there, and
-      the reason is that of "jax_dwbp".
+      is for any other convolution of lax's: it "runs" there, and the reason is that of "jax_dwbp".
 
     >>> x, f = jnp.ones((1, 4, 4, 2), "float32"), jnp.ones((3, 3, 2, 1), "float32")
     >>> [op] = implementations(
@@ -312,7 +312,7 @@ def implementations(
     shardings = (getattr(x, "sharding", None) for x in arrays)
     sharded_export = exported and any(s is not None and s.num_devices > 1 for s in shardings)
     selections = []
-    for found in _rules.ops_in(call, arrays):
+    for found in _rules.ops_in(call, ops_of_lax, arrays):
         if isinstance(found, str):
             reasons: dict[str, str | None] = {"jax_dwbp": found, "lax": None}
             selections.append(Selection("conv_general_dilated", "lax", reasons))

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 import jax
 from jax import core
 from jax._src import checkify, config, custom_partitioning
+from jax._src.interpreters import mlir as mlir_rules
 from jax.experimental import jet
 from jax.extend.core import Primitive
+from jax.extend.core.primitives import conv_general_dilated_p
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import sdy
 from jax.interpreters import mlir
@@ -26,6 +28,15 @@ from jax.sharding import AbstractMesh, AxisType
 _lock = threading.Lock()
 # What JAX says of a `jvp` of a custom_vjp.
 FORWARD_MODE_ERROR = "forward-mode autodiff"
+
+
+# What `_in_place_of_lax` puts in the place of lax's convolutions, if it is not None.
+in_place = jax.make_user_context(None)
+
+
+def plain(x: Any) -> core.ShapedArray:
+    """The shape and the dtype of x, and no sharding but that of no axis."""
+    return core.ShapedArray(x.shape, x.dtype)
 
 
 def is_deleted(x: jax.Array) -> bool:
@@ -131,6 +142,20 @@ def partitioned(whole: Callable, partition: Callable, rule: Any) -> Callable:
     function = custom_partitioning.custom_partitioning(whole)
     function.def_partition(partition, sharding_rule=rule)
     return function
+
+
+def replace_lowering_of_convolutions(lower: Callable, platforms: Iterable[str]) -> None:
+    """Registers `lower(before, platform, ctx, lhs, rhs, **params)`, once, where `before` is the
+    rule that was there."""
+    with _lock:
+        for platform in platforms:
+            rules = mlir_rules._platform_specific_lowerings[platform]
+            entry = (
+                rules.get(conv_general_dilated_p) or mlir_rules._lowerings[conv_general_dilated_p]
+            )
+            if getattr(entry.rule, "func", None) is not lower:
+                rule = functools.partial(lower, entry.rule, platform)
+                mlir.register_lowering(conv_general_dilated_p, rule, platform=platform)
 
 
 def lower(ctx: Any, run: Callable, *operands: Any) -> Any:

@@ -34,7 +34,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import ShapedArray
 from jax.extend.core import Primitive, jaxprs_in_params
 from jax.interpreters import ad, batching, mlir, partial_eval
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
@@ -114,20 +113,25 @@ def _explicit(
     return _partition.explicit(op, spec, part, a, b)
 
 
-def ops_in(function: Callable, *args: Any) -> list[tuple[Op, ConvSpec, Any, Any] | str]:
-    """What each depthwise convolution in `function` is bound with, but for unused results, and why
-    the stand-in for lax's left a convolution to lax."""
+Found = tuple[Op, ConvSpec, Any, Any] | str
+
+
+def ops_in(function: Callable, of_lax: Callable[..., Found], *args: Any) -> list[Found]:
+    """What each depthwise convolution in `function` is bound with, but for unused results. For each
+    of lax's own, what `of_lax(lhs, rhs, params)` says, or why the stand-in for lax's left it."""
     jaxpr = jax.make_jaxpr(function)(*args).jaxpr
     jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
 
-    def walk(jaxpr: Any) -> Iterator[tuple[Op, ConvSpec, Any, Any] | str]:
+    def walk(jaxpr: Any) -> Iterator[Found]:
         for eqn in jaxpr.eqns:
+            avals = [v.aval for v in eqn.invars]
             if eqn.primitive is _primitive:
-                yield eqn.params["op"], eqn.params["spec"], *(v.aval for v in eqn.invars)
+                yield eqn.params["op"], eqn.params["spec"], *avals
             elif eqn.primitive is lax.conv_general_dilated_p:
-                for scope in _compat.scopes_of(eqn):
-                    if scope.startswith(LEFT_TO_LAX):
-                        yield scope.removeprefix(LEFT_TO_LAX)
+                scopes = [
+                    scope for scope in _compat.scopes_of(eqn) if scope.startswith(LEFT_TO_LAX)
+                ]
+                yield scopes[-1].removeprefix(LEFT_TO_LAX) if scopes else of_lax(*avals, eqn.params)
             for inner in jaxprs_in_params(eqn.params):
                 yield from walk(inner)
 
@@ -259,6 +263,8 @@ def _reshaped(x: Any, shape: tuple[int, ...], spec: tuple[Any, ...]) -> Any:
 def _lower(ctx, a, b, *, op, spec, platform):
     target = _compat.target_of(ctx, platform)
     with contextlib.ExitStack() as contexts:
+        # What an implementation asks of lax is lax's.
+        contexts.enter_context(_compat.in_place(None))
         if ctx.avals_in[0].dtype.itemsize == 8:
             # Where this is lowered float64 may be off, though it was on where the op was called.
             contexts.enter_context(jax.enable_x64(True))
@@ -268,7 +274,7 @@ def _lower(ctx, a, b, *, op, spec, platform):
                 return lowered
             _warn_of_lost_kernel(lowered, op, spec, target, *ctx.avals_in)
         # The implementations know nothing of the mesh of a `shard_map` around them.
-        ctx = ctx.replace(avals_in=[ShapedArray(x.shape, x.dtype) for x in ctx.avals_in])
+        ctx = ctx.replace(avals_in=list(map(_compat.plain, ctx.avals_in)))
         contexts.enter_context(use_abstract_mesh(AbstractMesh((), ())))
         run = functools.partial(_select.run, op, spec, target)
         return _compat.lower(ctx, run, a, b)

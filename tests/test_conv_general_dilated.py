@@ -119,20 +119,20 @@ def test_integers_of_numpy(options):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"feature_group_count": 2}, "feature_group_count is 2 of 4 channels"),
-        ({"lhs_dilation": (2, 1), "padding": ((1, 1), (1, 0))}, "lhs_dilation is (2, 1)"),
+        (
+            {"lhs_dilation": (2, 1), "padding": ((1, 1), (1, 0)), "window_strides": (1, 2)},
+            "lhs_dilation is (2, 1) and window_strides (1, 2)",
+        ),
         ({"padding": ((-7, 3), (0, 0))}, "negative padding leaves nothing"),
         ({"padding": ((0, 0), (-3, -2))}, "the output is empty"),
-        ({"batch_group_count": 2, "feature_group_count": 1}, "feature_group_count is 1 of 4 chan"),
+        ({"batch_group_count": 1, "feature_group_count": 1}, "1 groups have 4 inputs and 4 out"),
         ({"window_strides": (1, 9**12)}, "`strides` must be positive and below 2**31"),
     ],
     ids=str,
 )
 def test_other_calls_go_to_lax(options, reason):
     lhs, rhs = operands(None)
-    if options.get("feature_group_count") == 2:
-        rhs = jnp.concatenate([rhs, rhs], axis=1)
-    elif "batch_group_count" in options:
+    if "batch_group_count" in options:
         rhs = jnp.concatenate([rhs] * 4, axis=1)
     options = {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 4, **options}
     check(lhs, rhs, 0, **options)
@@ -147,9 +147,11 @@ def test_other_calls_go_to_lax(options, reason):
         assert str(selection.reasons["jax_dwbp"]).startswith(reason)
 
 
-def test_one_channel_is_an_ordinary_convolution():
-    lhs, rhs = operands(None, channels=1, multiplier=8)
-    check(lhs, rhs, 0, window_strides=(1, 1), padding="SAME", feature_group_count=1)
+@pytest.mark.parametrize(("features", "runs_here"), [(1, 1), (16, 1), (17, 0)])
+def test_one_channel(features, runs_here):
+    """lax's own is fast for many features."""
+    lhs, rhs = operands(None, channels=1, multiplier=features)
+    check(lhs, rhs, runs_here, window_strides=(1, 1), padding="SAME", feature_group_count=1)
 
 
 def test_ones_for_lhs_dilation_and_no_out_sharding():
@@ -251,6 +253,7 @@ def test_derivatives_in_both_modes():
         {"window_strides": (1,)},
         {"window_strides": (1, 1, 1, 1)},
         {"padding": "EQUAL"},
+        {"lhs_dilation": (2, 1)},  # and "SAME"
         {"padding": ((1, 1),)},
         {"feature_group_count": 3},
         {"dimension_numbers": ("NHWC", "HWIO", "NH")},

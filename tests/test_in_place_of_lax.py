@@ -1,15 +1,21 @@
-"""The context in which `jax.lax.conv_general_dilated` is ours, and that nothing else is changed."""
+"""lax's convolutions run here after `install` and in the context, and nothing else is changed."""
 
+import functools
 import pickle
+import re
 import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import HAS_NATIVE
+from jax.extend.core.primitives import conv_general_dilated_p
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_dwbp
 
+KERNEL = "jax_dwbp_depthwise_conv2d" if HAS_NATIVE else "stablehlo.multiply"
 X, F = jnp.ones((1, 4, 6, 5)), jnp.ones((4, 1, 3, 3))
 
 
@@ -115,3 +121,159 @@ def test_patches_of_others_stay(monkeypatch):
     with jax_dwbp.in_place_of_lax():
         assert runs_here(conv)
     assert not runs_here(conv) and len(called) == 3
+
+
+@pytest.fixture
+def installed():
+    jax_dwbp.install()
+    yield
+    jax_dwbp.uninstall()
+
+
+def lowered(function, *args):
+    # Another function each time, so that no cache of traces is looked at.
+    return jax.jit(lambda *args: function(*args)).lower(*(args or (X, F))).as_text()
+
+
+def test_install_and_uninstall():
+    jitted = jax.jit(lambda x, f: conv(x, f))
+    outside = jitted(X, F)
+    before = lowered(conv)
+    for _ in range(2):
+        jax_dwbp.install()
+        assert KERNEL in jitted.lower(X, F).as_text()
+        np.testing.assert_allclose(jitted(X, F), outside, rtol=1e-6)
+        jax_dwbp.uninstall()
+        assert jitted.lower(X, F).as_text().count("stablehlo.convolution") == 1
+        assert lowered(conv) == before
+
+
+def test_installed_it_does_not_matter_where_the_function_is_from(installed):
+    primitive = conv_general_dilated_p
+    names = jax.lax.conv_dimension_numbers(X.shape, F.shape, None)
+
+    def bound(x, f):
+        return primitive.bind(
+            x,
+            f,
+            window_strides=(1, 1),
+            padding=((1, 1), (1, 1)),
+            lhs_dilation=(1, 1),
+            rhs_dilation=(1, 1),
+            dimension_numbers=names,
+            feature_group_count=4,
+            batch_group_count=1,
+            precision=None,
+            preferred_element_type=None,
+            out_sharding=None,
+        )
+
+    assert KERNEL in lowered(bound)
+    patches = functools.partial(
+        jax.lax.conv_general_dilated_patches, filter_shape=(3, 3), window_strides=(1, 1)
+    )
+    assert KERNEL in lowered(lambda x, f: patches(x, padding="SAME"))
+
+
+def test_installed_for_all_threads(installed):
+    texts = []
+    thread = threading.Thread(target=lambda: texts.append(lowered(conv)))
+    thread.start()
+    thread.join()
+    assert KERNEL in texts[0]
+
+
+def test_within_the_context_all_of_lax_is_ours():
+    """Where it is around what is lowered: also a function that was bound before."""
+    bound = functools.partial(jax.lax.conv_transpose, strides=(2, 2), padding="VALID")
+
+    def transposed(x, f):
+        return bound(x, f, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    x, f = jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1))
+    assert KERNEL not in lowered(transposed, x, f)
+    with jax_dwbp.in_place_of_lax():
+        assert KERNEL in lowered(transposed, x, f)
+
+
+def test_installed_what_is_not_depthwise_is_lowered_as_before():
+    def dense(x, f):
+        convolve = functools.partial(jax.lax.conv_general_dilated, padding="SAME")
+        return jax.value_and_grad(lambda x, f: convolve(x, f, (1, 1)).sum(), (0, 1))(x, f)
+
+    x, f = jnp.ones((2, 4, 6, 5)), jnp.ones((8, 4, 3, 3))
+    before = lowered(dense, x, f)
+    jax_dwbp.install()
+    after = lowered(dense, x, f)
+    jax_dwbp.uninstall()
+    assert before == after
+
+
+def test_installed_lax_by_name_is_lax_own(installed):
+    text = lowered(
+        lambda x, f: jax_dwbp.depthwise_conv2d_native(
+            x, f, (1, 1), "SAME", implementation="lax", data_format="NCHW"
+        ),
+        *(X, F.transpose(2, 3, 0, 1)),
+    )
+    assert text.count("stablehlo.convolution") == 1
+
+
+def test_installed_a_program_for_other_machines_has_no_kernel(installed):
+    exported = jax.export.export(jax.jit(lambda x, f: conv(x, f)))(X, F)
+    text = str(exported.mlir_module())
+    assert "custom_call" not in text and "stablehlo.convolution" not in text
+
+
+@pytest.mark.parametrize("channels", (1, 4))
+@pytest.mark.parametrize("sizes", ("b, 8, 8", "b, h, 8"))
+def test_installed_sizes_may_be_symbolic(installed, sizes, channels):
+    """Of a batch it runs here, else it is lax's."""
+
+    def gradients(x, f):
+        convolve = functools.partial(conv, feature_group_count=channels)
+        return jax.grad(lambda x, f: jnp.sin(convolve(x, f)).sum(), (0, 1))(x, f)
+
+    batch, *spatial = sizes.split(", ")
+    shape = jax.export.symbolic_shape(f"{batch}, {channels}, {', '.join(spatial)}")
+    x, f = jnp.ones((3, channels, 8, 8)), jnp.ones((channels, 1, 3, 3))
+    program = jax.export.export(jax.jit(lambda x, f: gradients(x, f)))(
+        jax.ShapeDtypeStruct(shape, x.dtype), f
+    )
+    assert ("stablehlo.convolution" in str(program.mlir_module())) == ("h" in sizes)
+    for got, want in zip(program.call(x, f), gradients(x, f), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [PartitionSpec("d"), PartitionSpec(None, "d"), PartitionSpec(None, None, "d")],
+    ids=("batch", "channels", "rows"),
+)
+def test_installed_sharded_programs_are_those_of_the_ops(installed, spec):
+    """The same kernels and collectives as the package's own, for values and gradients."""
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    channels = PartitionSpec("d" if "d" in spec[1:2] else None)
+    rng = np.random.default_rng(0)
+    x, f = (jnp.asarray(rng.normal(size=n), jnp.float32) for n in ((8, 16, 16, 9), (16, 1, 3, 3)))
+    placed = (
+        jax.device_put(x, NamedSharding(mesh, spec)),
+        jax.device_put(f, NamedSharding(mesh, channels)),
+    )
+
+    def own(x, f):
+        f = f.transpose(2, 3, 0, 1)
+        return jax_dwbp.depthwise_conv2d_native(x, f, (1, 1), "SAME", data_format="NCHW")
+
+    def program(convolve):
+        def gradients(x, f):
+            return jax.grad(lambda x, f: jnp.sin(convolve(x, f)).sum(), (0, 1))(x, f)
+
+        return jax.jit(gradients).lower(*placed).compile()
+
+    ours, want = program(functools.partial(conv, feature_group_count=16)), program(own)
+    names = r"(all-reduce|all-gather|collective-permute|all-to-all|custom-call)\("
+    sent = [sorted(re.findall(names, str(program.as_text()))) for program in (ours, want)]
+    assert sent[0] == sent[1]
+    for got, expected in zip(ours(*placed), want(*placed), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-4)

@@ -15,10 +15,12 @@ PACKAGE = Path(jax_dwbp.__file__).parent
 # A module imports from the rows below its own, and those of the first row from each other too.
 LAYERS = (
     (
-        *("__init__", "__main__", "tf2jax", "_api", "_conv_general_dilated", "_command_line"),
+        *("__init__", "__main__", "tf2jax", "_api", "_command_line"),
+        *("_in_place_of_lax", "_conv_general_dilated"),
         *("bench.__init__", "bench.__main__", "bench.command", "bench.tables", "bench.timing"),
         *("bench.contestants", "bench.peers", "bench.layers"),
     ),
+    ("_depthwise",),
     ("_rules",),
     ("_partition",),
     ("_select",),

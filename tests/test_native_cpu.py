@@ -396,6 +396,17 @@ def test_each_weight_of_half_a_type_is_converted(dtype):
 
 @compiled
 @every_op
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_types_that_are_packed(op, dtype):
+    """Since large filters meet each line so often. Results are written in place."""
+    case = Case("packed", (2, 12, 11, 40), (9, 8, 40, 1))
+    a, b = case.operands(op, dtype)
+    got = case.run(op, a, b, implementation="native_cpu")
+    case.check(op, got, case.expected(op, a, b), dtype)
+
+
+@compiled
+@every_op
 @pytest.mark.parametrize("channels", (3, 16))
 def test_long_sums_are_of_short_chains(op, channels):
     """The error grows with the logarithm of the terms. In one chain it is much larger."""

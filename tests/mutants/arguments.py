@@ -9,6 +9,7 @@ DERIVATIVES = "tests/test_derivatives.py"
 BATCHING = "tests/test_batching.py"
 TRANSFORMATIONS = "tests/test_transformations.py"
 STAND_IN = "tests/test_conv_general_dilated.py"
+FORMS = "tests/test_depthwise.py"
 IN_PLACE = "tests/test_in_place_of_lax.py"
 EXPLICIT = 'tests/test_sharding.py -k "explicit or stand_in"'
 MESH = "tests/test_partition.py -k mesh"

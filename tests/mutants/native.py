@@ -87,6 +87,7 @@ def _run(*arguments: str) -> None:
 
 LARGE = "tests/test_fuzz.py -k large"
 CONVERTED = "tests/test_native_cpu.py -k converted"
+PACKED = "tests/test_native_cpu.py -k packed"
 FITS = "tests/test_native_cpu.py -k not_fit"
 PHASES = "tests/test_native_cpu.py -k each_phase"
 LONGER = "tests/test_native_cpu.py -k longer"
@@ -208,7 +209,7 @@ FAULTS = [
             "S* values = to + (m * lanes + l) * copy.depth_step",
             TURNED,
         ),
-        ("memcpy(line, lines + t,", "memcpy(line, lines,", CONVERTED),
+        ("memcpy(line, lines + t,", "memcpy(line, lines,", PACKED),
     ),
     *faults(
         CHANNEL_PLANES,

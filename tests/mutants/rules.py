@@ -6,6 +6,7 @@ from mutants.arguments import (
     DERIVATIVES,
     ERRORS,
     IMPLEMENTATIONS,
+    IN_PLACE,
     INSPECTORS,
     MESH,
     TRANSFORMATIONS,
@@ -18,6 +19,7 @@ from mutants.fault import Operator, faults
 FAULTS = [
     *faults(
         "_rules.py",
+        ("        contexts.enter_context(_compat.in_place(None))\n", "", IN_PLACE),
         (
             "frozenset().union(*varying)",
             "frozenset.intersection(*varying)",

@@ -1,0 +1,421 @@
+"""Which of lax's convolutions are depthwise, in any form that they are written in.
+
+With G groups, feature_group_count or batch_group_count, of I inputs and J outputs each, these are:
+
+    form               how it is told                       what it is here
+    convolution        no lhs_dilation                      forward, C = G * I and M = J, and the
+                                                            results of the inputs are added
+    its transpose      window_strides of 1                  input_grad of the reversed filter,
+                                                            C = G * J and M = I
+    a gradient by      batch_group_count,                   filter_grad, C = G * I and M = J
+    the filter         no lhs_dilation
+    that of a          batch_group_count,                   filter_grad with lhs as dy, reversed,
+    transpose          no rhs_dilation                      C = G * J and M = I
+
+A transpose is what lax writes for the gradient by the input, and what transposed convolutions are:
+lhs_dilation is the stride there. In gradients by the filter batch and channels have changed roles,
+and window_strides are the dilation; without groups they are told from a convolution by the window,
+which is larger than the result. Where both I and J are more than 1, each group of an
+operand is read once for each input, or output, of the other. What `vmap` makes of any of these has
+more groups, and is one of these again.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_dwbp import _compat, _rules
+from jax_dwbp._spec import (
+    DTYPES,
+    FILTER_GRAD,
+    FORWARD,
+    INPUT_GRAD,
+    Arguments,
+    ConvSpec,
+    Op,
+    Pair,
+    canonicalize,
+)
+
+# Without groups lax's own convolution is fast, but from or to one channel and with few others. With
+# groups it takes 100 times as long, but what is read several times here is memory too.
+_DENSE_CHANNELS = 16
+_GROUP_CHANNELS = 8
+
+
+class Convolution(NamedTuple):
+    """One of lax's, with every default resolved."""
+
+    lhs: tuple[Any, ...]  # sizes: batch, channels, spatial
+    rhs: tuple[Any, ...]  # sizes: features, channels of a group, spatial
+    numbers: Any  # lax's ConvDimensionNumbers
+    strides: tuple[int, ...]
+    padding: tuple[Pair, ...]
+    lhs_dilation: tuple[int, ...]
+    rhs_dilation: tuple[int, ...]
+    groups: int
+    batch_groups: int
+    precision: Any
+    dtypes: tuple[Any, Any, Any]  # of lhs, rhs and the result
+
+    @property
+    def spatial(self) -> tuple[int, ...]:
+        """Of the result."""
+        dilated = [(n - 1) * d + 1 for n, d in zip(self.lhs[2:], self.lhs_dilation, strict=True)]
+        windows = [(k - 1) * d + 1 for k, d in zip(self.rhs[2:], self.rhs_dilation, strict=True)]
+        return tuple(
+            max(n + sum(pads) - window, -stride) // stride + 1
+            for n, pads, window, stride in zip(
+                dilated, self.padding, windows, self.strides, strict=True
+            )
+        )
+
+
+class Images(NamedTuple):
+    """How lax has the axes of what is x or dy here."""
+
+    batch: int
+    channels: int
+    spatial: tuple[int, ...]
+
+    @property
+    def are_channels_first(self) -> bool:
+        return (self.batch, self.channels, *self.spatial) == tuple(range(2 + len(self.spatial)))
+
+
+class Depthwise(NamedTuple):
+    """An op that gives the same as a convolution of lax's."""
+
+    op: Op
+    spec: ConvSpec
+    # What the op takes, of lhs and rhs, and the result of lax's, of the op's.
+    operands: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    result: Callable[[jax.Array], jax.Array]
+    dtype: Any  # of the result
+    compute_dtype: Any
+
+    def apply(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        a, b = (_converted(x, self.compute_dtype) for x in self.operands(lhs, rhs))
+        y = _rules.apply(a, b, op=self.op, spec=self.spec, forward_mode=True)
+        return _converted(self.result(y), self.dtype)
+
+    def op_operands(self, lhs: Any, rhs: Any) -> tuple[Any, Any]:
+        """The shapes and dtypes of what the op takes."""
+
+        def converted(lhs: jax.Array, rhs: jax.Array) -> Any:
+            return tuple(_converted(x, self.compute_dtype) for x in self.operands(lhs, rhs))
+
+        return tuple(map(_compat.plain, jax.eval_shape(converted, lhs, rhs)))
+
+
+def depthwise(conv: Convolution) -> Depthwise | str:
+    """The op that computes it, or why none does."""
+    reason = _why_none(conv)
+    if reason:
+        return reason
+    features, group, *_ = conv.rhs
+    by_filter = _is_by_filter(conv)
+    inputs = conv.lhs[0] // conv.batch_groups if by_filter else group
+    outputs = features // max(conv.groups, conv.batch_groups)
+    groups = max(conv.groups, conv.batch_groups)
+    least, most = sorted((inputs, outputs))
+    if least > (1 if groups == 1 else _GROUP_CHANNELS) or (groups == 1 and most > _DENSE_CHANNELS):
+        return f"{groups} groups have {inputs} inputs and {outputs} outputs each"
+    name, steps = "window_strides", conv.strides
+    if by_filter:
+        name, steps = "rhs_dilation", conv.rhs_dilation
+    # Either will do where neither is more than 1: the one that repeats less.
+    is_transposed = set(steps) == {1} and (set(conv.lhs_dilation) != {1} or inputs > outputs)
+    if not is_transposed and set(conv.lhs_dilation) != {1}:
+        return f"lhs_dilation is {conv.lhs_dilation} and {name} {steps}"
+    try:
+        if by_filter:
+            return _filter_grad(conv, inputs, outputs, is_transposed=is_transposed)
+        return (_input_grad if is_transposed else _forward)(conv, inputs, outputs)
+    except ValueError as error:  # sizes beyond what the ops take, a precision that is none
+        return str(error)
+
+
+def _is_by_filter(conv: Convolution) -> bool:
+    """Whether it is written as gradients by the filter are."""
+    if conv.batch_groups > 1:
+        return True
+    is_large = math.prod(conv.rhs[2:]) > math.prod(conv.spatial)
+    return is_large and conv.groups == 1 and 1 in (conv.lhs[0], conv.rhs[0])
+
+
+def _are_static(*sizes: Any) -> bool:
+    return all(type(size) is int and size > 0 for size in sizes)
+
+
+def _why_none(conv: Convolution) -> str | None:
+    batch, channels, *spatial = conv.lhs
+    features, _, *window = conv.rhs
+    if len(spatial) not in (1, 2):
+        return f"one or two spatial dimensions are depthwise here, not {len(spatial)}"
+    if not _are_static(*spatial, *window, features):
+        return "a size is 0 or symbolic"
+    if not _are_static(batch if _is_by_filter(conv) else channels):  # the other one may be
+        return "a size is 0 or symbolic"
+    if 0 in conv.spatial:
+        return "the output is empty"
+    dtypes = conv.dtypes
+    if (
+        dtypes[0] != dtypes[1]
+        or not {dtype.name for dtype in dtypes} <= set(DTYPES)
+        or dtypes[0].itemsize > dtypes[2].itemsize
+    ):
+        return f"dtypes are {', '.join(map(str, dtypes))}"
+    return None
+
+
+def _forward(conv: Convolution, inputs: int, outputs: int) -> Depthwise | str:
+    x, y = (_images(spec) for spec in (conv.numbers.lhs_spec, conv.numbers.out_spec))
+    first = x.are_channels_first and y.are_channels_first
+    crop = [(min(low, 0), min(high, 0)) for low, high in conv.padding]
+    spatial = [size + sum(pads) for size, pads in zip(conv.lhs[2:], crop, strict=True)]
+    if min(spatial) < 1:
+        return "negative padding leaves nothing"
+    spec = _spec(
+        conv,
+        batch=conv.lhs[0],
+        spatial=spatial,
+        window=conv.rhs[2:],
+        channels=conv.groups * inputs,
+        multiplier=outputs,
+        strides=conv.strides,
+        padding=[(max(low, 0), max(high, 0)) for low, high in conv.padding],
+        dilation=conv.rhs_dilation,
+        channels_first=first,
+    )
+
+    def operands(lhs: jax.Array, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        f = _to_filter(rhs, conv).reshape(-1, conv.groups, outputs, inputs)
+        return (
+            _padded(_to_images(lhs, x, first), crop, first),
+            f.swapaxes(-1, -2).reshape(*spec.kernel_spatial, spec.channels, spec.multiplier),
+        )
+
+    def result(images: jax.Array) -> jax.Array:
+        images = _summed(images, conv.groups, inputs, first)
+        return _from_images(y, first, images)
+
+    found = _depthwise(FORWARD, spec, conv, operands, result)
+    if inputs == 1 or found.compute_dtype.itemsize > 2:
+        return found
+    return found._replace(compute_dtype=jnp.dtype("float32"))  # for the sum
+
+
+def _input_grad(conv: Convolution, inputs: int, outputs: int) -> Depthwise | str:
+    """dx[h] = sum over k of dy[(h + low - dilation * k) / stride] * f[k], with lax's k from the
+    other end: so low is what lies from the first tap to the last, less lax's low."""
+    dy, x = (_images(spec) for spec in (conv.numbers.lhs_spec, conv.numbers.out_spec))
+    first = x.are_channels_first and dy.are_channels_first
+    features, _, *window = conv.rhs
+    spatial, padding, zeros = [], [], []
+    for size, out, kernel, stride, dilation, (low, high) in zip(
+        conv.spatial,
+        conv.lhs[2:],
+        window,
+        conv.lhs_dilation,
+        conv.rhs_dilation,
+        conv.padding,
+        strict=True,
+    ):
+        reach = dilation * (kernel - 1)
+        # Where lax pads further than the filter reaches, the result is zeros, which no op writes.
+        before, after = max(low - reach, 0), max(high - reach, 0)
+        size -= before + after
+        if size < 1:
+            return "it is of padding alone"
+        low = reach - low + before
+        spatial.append(size)
+        padding.append((low, (out - 1) * stride + reach + 1 - size - low))
+        zeros.append((before, after))
+    spec = _spec(
+        conv,
+        batch=conv.lhs[0],
+        spatial=spatial,
+        window=window,
+        channels=features,
+        multiplier=inputs,
+        strides=conv.lhs_dilation,
+        padding=padding,
+        dilation=conv.rhs_dilation,
+        channels_first=first,
+    )
+
+    def operands(lhs: jax.Array, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        f = _to_filter(rhs, conv).reshape(*spec.kernel_spatial, features, inputs)
+        images = _to_images(lhs, dy, first)
+        return lax.rev(f, (0, 1)), _repeated(images, conv.groups, outputs, first)
+
+    def result(images: jax.Array) -> jax.Array:
+        return _from_images(x, first, _padded(images, zeros, first))
+
+    return _depthwise(INPUT_GRAD, spec, conv, operands, result)
+
+
+def _filter_grad(
+    conv: Convolution, inputs: int, outputs: int, *, is_transposed: bool
+) -> Depthwise | str:
+    """Of a transpose lhs is dy, and it is rhs that rows and columns of the filter are apart in:
+    df[k] = sum over p of x[stride * p - low + dilation * k] * dy[p], with lax's k from the other
+    end."""
+    lhs_spec, rhs_spec, out_spec = conv.numbers
+    lhs_images, rhs_images = (Images(spec[1], spec[0], spec[2:]) for spec in (lhs_spec, rhs_spec))
+    first = lhs_images.are_channels_first and rhs_images.are_channels_first
+    batch, features = conv.lhs[1], conv.rhs[0]
+    groups = conv.batch_groups
+    spatial, outs, strides = list(conv.lhs[2:]), conv.rhs[2:], conv.rhs_dilation
+    lows = [low for low, _ in conv.padding]
+    reaches = [(k - 1) * step for k, step in zip(conv.spatial, conv.strides, strict=True)]
+    if is_transposed:
+        spatial, outs, strides = list(conv.rhs[2:]), conv.lhs[2:], conv.lhs_dilation
+        lows = [reach - low for reach, low in zip(reaches, lows, strict=True)]
+    crop, padding = [], []
+    for i, low in enumerate(lows):
+        high = (outs[i] - 1) * strides[i] + reaches[i] + 1 - spatial[i] - low
+        crop.append((min(low, 0), min(high, 0)))
+        padding.append((max(low, 0), max(high, 0)))
+        spatial[i] += sum(crop[i])
+    if min(spatial) < 1:
+        return "negative padding leaves nothing"
+    spec = _spec(
+        conv,
+        batch=batch,
+        spatial=spatial,
+        window=conv.spatial,
+        channels=groups * (outputs if is_transposed else inputs),
+        multiplier=inputs if is_transposed else outputs,
+        strides=strides,
+        padding=padding,
+        dilation=conv.strides,
+        channels_first=first,
+    )
+
+    def operands(lhs: jax.Array, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x, dy = _to_images(lhs, lhs_images, first), _to_images(rhs, rhs_images, first)
+        if is_transposed:
+            x, dy = dy, _repeated(x, groups, outputs, first)
+        else:
+            dy = _repeated(dy, groups, inputs, first)
+        return _padded(x, crop, first), dy
+
+    def result(f: jax.Array) -> jax.Array:
+        if is_transposed:
+            f = lax.rev(f, (0, 1))
+        else:
+            f = f.reshape(-1, groups, inputs, outputs).swapaxes(-1, -2)
+        f = f.reshape(*conv.spatial, features, inputs)
+        many, feature, *axes = out_spec
+        return lax.transpose(f, np.argsort((*axes, feature, many)))
+
+    return _depthwise(FILTER_GRAD, spec, conv, operands, result)
+
+
+def _depthwise(
+    op: Op, spec: ConvSpec, conv: Convolution, operands: Callable, result: Callable
+) -> Depthwise:
+    dtype, compute_dtype = conv.dtypes[2], conv.dtypes[2]
+    if dtype != conv.dtypes[0]:
+        compute_dtype = max(dtype, jnp.dtype("float32"), key=lambda dtype: dtype.itemsize)
+    return Depthwise(op, spec, operands, result, dtype, compute_dtype)
+
+
+def _spec(
+    conv: Convolution,
+    *,
+    batch: Any,
+    spatial: Any,
+    window: Any,
+    channels: int,
+    multiplier: int,
+    strides: Any,
+    padding: Any,
+    dilation: Any,
+    channels_first: bool,
+) -> ConvSpec:
+    """Of two dimensions, of which the first may be one that lax's convolution has not."""
+    missing = 2 - len(spatial)
+    ones = (1,) * missing
+    spatial = (*ones, *spatial)
+    given = Arguments(
+        input=(batch, channels, *spatial) if channels_first else (batch, *spatial, channels),
+        filter=(*ones, *window, channels, multiplier),
+        out_backprop=None,
+        strides=(*ones, *strides),
+        padding=[(0, 0)] * missing + list(padding),
+        data_format="NCHW" if channels_first else "NHWC",
+        dilations=(*ones, *dilation),
+        precision=conv.precision,
+    )
+    return canonicalize(FORWARD, given)
+
+
+def _images(spec: tuple[int, ...]) -> Images:
+    return Images(spec[0], spec[1], tuple(spec[2:]))
+
+
+def _to_images(array: jax.Array, axes: Images, channels_first: bool) -> jax.Array:
+    """[N,H,W,C], or [N,C,H,W] where that is lax's layout already."""
+    if not channels_first:
+        array = lax.transpose(array, (axes.batch, *axes.spatial, axes.channels))
+    if array.ndim == 3:
+        array = lax.expand_dims(array, (2 if channels_first else 1,))
+    return array
+
+
+def _from_images(axes: Images, channels_first: bool, images: jax.Array) -> jax.Array:
+    if len(axes.spatial) == 1:
+        images = lax.squeeze(images, (2 if channels_first else 1,))
+    if channels_first:
+        return images
+    return lax.transpose(images, np.argsort((axes.batch, *axes.spatial, axes.channels)))
+
+
+def _to_filter(rhs: jax.Array, conv: Convolution) -> jax.Array:
+    """[window, features, inputs of a group]."""
+    feature, group, *window = conv.numbers.rhs_spec
+    return lax.transpose(rhs, (*window, feature, group))
+
+
+def _summed(images: jax.Array, groups: int, parts: int, channels_first: bool) -> jax.Array:
+    """The sum of the parts that the channels of each group are in."""
+    if parts == 1:
+        return images
+    axis = 1 if channels_first else 3
+    before, after = images.shape[:axis], images.shape[axis + 1 :]
+    parted = images.reshape(*before, groups, parts, -1, *after)
+    return parted.sum(axis + 1).reshape(*before, -1, *after)
+
+
+def _repeated(images: jax.Array, groups: int, repeats: int, channels_first: bool) -> jax.Array:
+    """The channels of each group so many times."""
+    if repeats == 1:
+        return images
+    axis = 1 if channels_first else 3
+    before, after = images.shape[:axis], images.shape[axis + 1 :]
+    grouped = images.reshape(*before, groups, 1, -1, *after)
+    shape = (*grouped.shape[: axis + 1], repeats, *grouped.shape[axis + 2 :])
+    return jnp.broadcast_to(grouped, shape).reshape(*before, -1, *after)
+
+
+def _padded(images: jax.Array, pads: list[Pair], channels_first: bool) -> jax.Array:
+    """With zeros around, or less of it where the pads are negative."""
+    if not any(pad for pair in pads for pad in pair):
+        return images
+    none = [(0, 0, 0)]
+    axes = none * (2 - len(pads)) + [(*pair, 0) for pair in pads]
+    config = none * 2 + axes if channels_first else none + axes + none
+    return lax.pad(images, jnp.zeros((), images.dtype), config)
+
+
+def _converted(x: jax.Array, dtype: Any) -> jax.Array:
+    """x.astype(dtype), which takes time where there is nothing to do."""
+    return x if x.dtype == dtype and not x.weak_type else x.astype(dtype)

@@ -1,0 +1,226 @@
+"""Random convolutions of lax's, in every form that it has for them, against loops in float64."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from lax_convolution import result_and_gradients
+from test_fuzz import integer, pick
+
+import jax_dwbp
+
+
+@pytest.fixture(params=["stand_in", "installed"])
+def conv(request):
+    """The stand-in, or lax's own after `install`."""
+    if request.param == "stand_in":
+        yield jax_dwbp.conv_general_dilated
+        return
+    jax_dwbp.install()
+    yield lax.conv_general_dilated
+    jax_dwbp.uninstall()
+
+
+def sizes(rng):
+    """Batch, channels, features, channels of a group, the two numbers of groups, and whether all of
+    its derivatives are depthwise too, if its steps allow it."""
+    form = pick(rng, "depthwise", "depthwise", "one output", "groups", "batch", "batch", "dense")
+    groups, many, batch = integer(rng, 2, 5), integer(rng, 1, 3), integer(rng, 1, 3)
+    if form == "depthwise":
+        return batch, groups, groups * many, 1, groups, 1, True
+    if form == "one output":
+        return batch, groups * many, groups, many, groups, 1, True
+    if form == "groups":
+        return batch, groups * 2, groups * many, 2, groups, 1, False
+    if form == "batch":
+        return groups * pick(rng, 1, 1, 1, 2), batch, groups * many, batch, 1, groups, False
+    channels, features = pick(rng, 1, 1, 2), pick(rng, 1, 3, 17)
+    return batch, channels, features, channels, 1, 1, False
+
+
+def draw(seed):
+    """Operands, in lax's default layout, u for its gradients, and the options of a call."""
+    rng = np.random.default_rng([5, seed])
+    rank = pick(rng, 1, 2, 2)
+    while True:
+        batch, channels, features, group, groups, batch_groups, is_ours = sizes(rng)
+        spatial = tuple(integer(rng, 1, 9) for _ in range(rank))
+        window = tuple(integer(rng, 1, 5) for _ in range(rank))
+        strides = tuple(pick(rng, 1, 1, 2, 3) for _ in range(rank))
+        lhs_dilation, rhs_dilation = (1,) * rank, tuple(pick(rng, 1, 1, 2) for _ in range(rank))
+        if rng.random() < 0.4:
+            lhs_dilation = tuple(pick(rng, 1, 2, 3) for _ in range(rank))
+            strides = (1,) * rank if rng.random() < 0.7 else strides
+        steps = lhs_dilation if group == 1 else strides
+        # lax reads out of bounds for some pads outside of this range.
+        reach = [(k - 1) * d for k, d in zip(window, rhs_dilation, strict=True)]
+        if is_ours and (set(strides) == {1} or set(steps) == {1}):
+            pads = tuple((integer(rng, -3, 4), integer(rng, -3, 4)) for _ in range(rank))
+        else:
+            pads = tuple((integer(rng, 0, n), integer(rng, 0, n)) for n in reach)
+        options = {
+            "window_strides": strides,
+            "lhs_dilation": lhs_dilation,
+            "rhs_dilation": rhs_dilation,
+            "padding": pads,
+            "feature_group_count": groups,
+            "batch_group_count": batch_groups,
+        }
+        lhs, rhs = (batch, channels, *spatial), (features, group, *window)
+        try:
+            out = jax.eval_shape(
+                functools.partial(lax.conv_general_dilated, **options),
+                *(jax.ShapeDtypeStruct(shape, "float32") for shape in (lhs, rhs)),
+            )
+        except (ValueError, TypeError):  # negative pads that leave less than nothing
+            continue
+        if 0 not in out.shape:
+            break
+    dtype = pick(rng, "float32", "float32", "float64", "bfloat16", "float16")
+    lhs, rhs, u = (jnp.asarray(rng.uniform(-1, 1, shape), dtype) for shape in (lhs, rhs, out.shape))
+    return lhs, rhs, u, options
+
+
+def transposed(conv, options, seed):
+    """A call in some layout of each array, of operands and to a result in lax's default one."""
+    rank = len(options["padding"]) + 2
+    rng = np.random.default_rng([6, seed])
+    numbers = lax.ConvDimensionNumbers(*(tuple(map(int, rng.permutation(rank))) for _ in range(3)))
+    if rng.random() < 0.3:
+        numbers = None
+
+    def function(lhs, rhs):
+        if numbers is None:
+            return conv(lhs, rhs, **options)
+        lhs = lhs.transpose(np.argsort(numbers.lhs_spec))
+        rhs = rhs.transpose(np.argsort(numbers.rhs_spec))
+        y = conv(lhs, rhs, **options, dimension_numbers=numbers)
+        return y.transpose(numbers.out_spec)
+
+    return function
+
+
+def check(got, want, dtype, terms):
+    eps = float(jnp.finfo(dtype).eps)
+    atol = (4 if dtype.itemsize > 2 else 1) * eps * math.sqrt(terms + 8)
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2 * eps, atol=atol)
+
+
+def counts(lhs, rhs):
+    """Of the terms in the sums of the result and of its gradients, at most."""
+    return math.prod(rhs.shape[1:]), rhs.size, lhs.size
+
+
+@pytest.mark.usefixtures("unoptimized")
+@pytest.mark.parametrize("seeds", [range(i, i + 10) for i in range(0, 120, 10)], ids=str)
+def test_result_and_gradients(conv, seeds):
+    cases = [draw(seed) for seed in seeds]
+
+    def run(arrays):
+        results = []
+        for seed, (*_, options), (lhs, rhs, u) in zip(seeds, cases, arrays, strict=True):
+            function = transposed(conv, options, seed)
+            y, pullback = jax.vjp(function, lhs, rhs)
+            _, tangent = jax.jvp(function, (lhs, rhs), (lhs, rhs))
+            results.append((y, *pullback(u), tangent))
+        return results
+
+    got = jax.jit(lambda arrays: run(arrays))([case[:3] for case in cases])
+    for (lhs, rhs, u, options), (y, dx, df, tangent) in zip(cases, got, strict=True):
+        want = result_and_gradients(lhs, rhs, u, options)
+        terms = counts(lhs, rhs)
+        for result, expected, count in zip((y, dx, df), want, terms, strict=True):
+            assert result.dtype == lhs.dtype
+            check(result, expected, lhs.dtype, count)
+        check(tangent, 2 * want[0], lhs.dtype, 4 * terms[0])
+
+
+@pytest.mark.usefixtures("unoptimized")
+@pytest.mark.parametrize("mapped", [(0, None), (None, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("seeds", [range(i, i + 5) for i in range(1000, 1020, 5)], ids=str)
+def test_vmap(conv, mapped, seeds):
+    cases = [draw(seed) for seed in seeds]
+    parts = ((1, 2), (-2, 1))
+
+    def stacked(lhs, rhs, u):
+        pairs = ((a, b) if m == 0 else (1, 1) for m, a, b in zip(mapped, *parts, strict=True))
+        many = [
+            x if m is None else jnp.stack([jnp.asarray(k, x.dtype) * x for k in pair])
+            for x, m, pair in zip((lhs, rhs), mapped, pairs, strict=True)
+        ]
+        return *many, jnp.stack([u, u])
+
+    def run(arrays):
+        results = []
+        for seed, (*_, options), (lhs, rhs, u) in zip(seeds, cases, arrays, strict=True):
+            function = transposed(conv, options, seed)
+
+            def one(lhs, rhs, u, function=function):
+                y, pullback = jax.vjp(function, lhs, rhs)
+                return y, *pullback(u)
+
+            results.append(jax.vmap(one, (*mapped, 0))(lhs, rhs, u))
+        return results
+
+    arrays = [stacked(*case[:3]) for case in cases]
+    got = jax.jit(lambda arrays: run(arrays))(arrays)
+    for (lhs, rhs, u), (*_, options), results in zip(arrays, cases, got, strict=True):
+        for i in range(2):
+            a, b = (x if m is None else x[i] for x, m in zip((lhs, rhs), mapped, strict=True))
+            want = result_and_gradients(a, b, u[i], options)
+            for result, expected, count in zip(results, want, counts(a, b), strict=True):
+                check(result[i], expected, lhs.dtype, 4 * count)
+
+
+def taken(function, *args):
+    """The ops that run in place of lax's convolutions, "lax" where none does."""
+    found = jax_dwbp.implementations(function, *args, platform="cpu")
+    return ["lax" if one.op == "conv_general_dilated" else one.op for one in found]
+
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+FORMS = {
+    # The shapes of lhs and rhs, options, and the ops of the result and of both gradients.
+    "convolution": (
+        (2, 9, 9, 4),
+        (3, 3, 1, 8),
+        {"window_strides": (2, 2), "feature_group_count": 4},
+        ["forward", "input_grad", "filter_grad"],
+    ),
+    "one channel": ((6, 8, 8, 1), (3, 3, 1, 1), {}, ["forward", "forward", "filter_grad"]),
+    "to one channel": ((6, 8, 8, 3), (3, 3, 3, 1), {}, ["input_grad", "forward", "filter_grad"]),
+    "groups": (
+        (2, 8, 8, 12),
+        (3, 3, 3, 8),
+        {"feature_group_count": 4},
+        ["input_grad", "forward", "filter_grad"],
+    ),
+    "transpose": (
+        (2, 5, 5, 4),
+        (4, 4, 1, 4),
+        {"lhs_dilation": (2, 2), "padding": ((2, 2), (2, 2)), "feature_group_count": 4},
+        ["input_grad", "forward", "filter_grad"],
+    ),
+    "many groups": ((1, 5, 5, 36), (3, 3, 18, 36), {"feature_group_count": 2}, ["lax"] * 3),
+    "dense": ((2, 5, 5, 3), (3, 3, 3, 8), {}, ["lax"] * 3),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_that_are_taken(conv, form):
+    """Of a call and of its gradients, in the order of the program."""
+    lhs, rhs, options, want = FORMS[form]
+    options = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": NHWC, **options}
+
+    def gradients(lhs, rhs):
+        return jax.value_and_grad(lambda *x: conv(*x, **options).sum(), (0, 1))(lhs, rhs)
+
+    shapes = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (lhs, rhs))
+    found = taken(gradients, *shapes)
+    assert ("lax" in found) == ("lax" in want)
+    if conv is lax.conv_general_dilated:  # the gradients of the stand-in are those of its op
+        assert sorted(found) == sorted(want)
