@@ -225,6 +225,22 @@ def test_installed_a_program_for_other_machines_has_no_kernel(installed):
     assert "custom_call" not in text and "stablehlo.convolution" not in text
 
 
+def test_installed_the_result_has_the_type_that_is_asked_for(installed):
+    def widened(x, f):
+        return jax.lax.conv_general_dilated(
+            *(x, f, (1, 1), "SAME"),
+            feature_group_count=4,
+            preferred_element_type=jnp.float32,
+        )
+
+    rng = np.random.default_rng(0)
+    x, f = (jnp.asarray(rng.uniform(-1, 1, array.shape), jnp.bfloat16) for array in (X, F))
+    assert KERNEL in lowered(widened, x, f)
+    y = widened(x, f)
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, conv(x.astype("float64"), f.astype("float64")), atol=1e-5)
+
+
 @pytest.mark.parametrize("channels", (1, 4))
 @pytest.mark.parametrize("sizes", ("b, 8, 8", "b, h, 8"))
 def test_installed_sizes_may_be_symbolic(installed, sizes, channels):
