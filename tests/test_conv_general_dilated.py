@@ -257,7 +257,10 @@ def test_derivatives_in_both_modes():
         {"padding": ((1, 1),)},
         {"feature_group_count": 2},
         {"feature_group_count": 3},
-        {"batch_group_count": 2, "rhs": jnp.ones((8, 1, 3, 2))},  # and groups of features
+        {
+            "batch_group_count": 2,
+            "rhs": jnp.ones((8, 1, 3, 2), "float32"),
+        },  # and groups of features
         {"dimension_numbers": ("NHWC", "HWIO", "NH")},
         {"precision": "exact"},
         {"preferred_element_type": jnp.bfloat16},
