@@ -269,8 +269,8 @@ def implementations(
       **kwargs: its keyword arguments, likewise.
 
     Returns:
-      One `Selection` for each depthwise convolution that the result needs, in traced order. So it
-      is for any other convolution of lax's: it "runs" there, and the reason is that of "jax_dwbp".
+      One `Selection` for each depthwise convolution that the result needs, in traced order. Those
+      of lax's that do not run here are listed too, as run by "lax", with the reason of "jax_dwbp".
 
     >>> x, f = jnp.ones((1, 4, 4, 2), "float32"), jnp.ones((3, 3, 2, 1), "float32")
     >>> [op] = implementations(

@@ -1,9 +1,10 @@
 """What JAX does not promise to keep, in one place.
 
 When JAX changes, look here at the fields of a lowering's `ModuleContext` and its axis contexts, at
-`mlir.lower_fun`, and at what `custom_partitioning` writes into a module. What is not recognised is
-no mesh, of which `_rules` warns, or an error. What is relied on is held by tests/test_partition.py
-and tests/test_fresh_process.py. What registers the rules of the primitive is in `_rules`.
+`mlir.lower_fun`, at the tables of lowering rules, and at what `custom_partitioning` writes into a
+module. What is not recognised is no mesh, of which `_rules` warns, or an error. What is relied on
+is held by tests/test_partition.py, tests/test_in_place_of_lax.py and tests/test_fresh_process.py.
+What registers the rules of the primitive is in `_rules`.
 """
 
 import dataclasses
@@ -145,8 +146,8 @@ def partitioned(whole: Callable, partition: Callable, rule: Any) -> Callable:
 
 
 def replace_lowering_of_convolutions(lower: Callable, platforms: Iterable[str]) -> None:
-    """Registers `lower(before, platform, ctx, lhs, rhs, **params)`, once, where `before` is the
-    rule that was there."""
+    """Registers `lower(before, platform, ctx, lhs, rhs, **params)`, unless that is the rule, where
+    `before` is the rule that was there."""
     with _lock:
         for platform in platforms:
             rules = mlir_rules._platform_specific_lowerings[platform]
@@ -155,7 +156,14 @@ def replace_lowering_of_convolutions(lower: Callable, platforms: Iterable[str]) 
             )
             if getattr(entry.rule, "func", None) is not lower:
                 rule = functools.partial(lower, entry.rule, platform)
-                mlir.register_lowering(conv_general_dilated_p, rule, platform=platform)
+                mlir.register_lowering(
+                    conv_general_dilated_p, rule, platform=platform, inline=entry.inline
+                )
+
+
+def without_cache(ctx: Any) -> Any:
+    """For a rule that lowers a primitive in another way than the rest of the program does."""
+    return ctx.replace(module_context=ctx.module_context.replace(lowering_cache={}))
 
 
 def lower(ctx: Any, run: Callable, *operands: Any) -> Any:

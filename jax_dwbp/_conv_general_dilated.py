@@ -10,7 +10,7 @@ from jax import lax
 from jax.lax import conv_general_dilated as _lax  # others may put theirs in jax.lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_dwbp._depthwise import Convolution, Depthwise, depthwise
+from jax_dwbp._depthwise import Convolution, Depthwise, op_of
 from jax_dwbp._spec import FORWARD, LEFT_TO_LAX, brief
 
 
@@ -33,14 +33,16 @@ def conv_general_dilated(
     Same signature, same results to rounding, same derivatives of every order and in both modes.
     With one or two spatial dimensions and floating-point operands of one dtype, depthwise are
 
-    - convolutions with one input channel in each of `feature_group_count` groups;
-    - their transposes, with `lhs_dilation` and strides of 1: with one input channel in each group,
-      or one output channel;
-    - their gradients by the filter, with `batch_group_count` as large as the batch.
+    - convolutions with `feature_group_count` groups of one input channel each;
+    - their transposes, with `lhs_dilation` and strides of 1;
+    - their gradients by the filter, with `batch_group_count`.
 
-    Without groups they are with up to 16 channels. Any other call, also one with an error in it,
-    goes to lax unchanged, and so does one with an explicit sharding of the channels or of the
-    filter: `jax_dwbp.implementations` says why, and so does the name of its scope in a profile.
+    These run here, also if each group has up to 8 input or output channels, and without groups
+    those from one channel to 16 at most, or the other way round, if neither the window nor the
+    result is of one element and strides are 1 or 2. Any other call, also one with an error in it,
+    goes to lax unchanged, and so does one with an empty operand, or with an explicit sharding of
+    the channels or of the filter: `jax_dwbp.implementations` says why, and so does the name of its
+    scope in a profile.
 
     Padding may be negative, if it leaves something of an input without explicit sharding. On a CPU
     lax's own convolution reads out of bounds for some of that (openxla/xla issue 48713); this one
@@ -58,7 +60,7 @@ def conv_general_dilated(
         *(window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers),
         *(feature_group_count, batch_group_count, precision, preferred_element_type, out_sharding),
     )
-    found = _depthwise(lhs, rhs, *arguments)
+    found = _found(lhs, rhs, *arguments)
     if isinstance(found, str):
         with jax.named_scope(f"{LEFT_TO_LAX}{found}"):
             return _lax(lhs, rhs, *arguments)
@@ -66,7 +68,7 @@ def conv_general_dilated(
     return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
 
-def _depthwise(lhs: Any, rhs: Any, *arguments: Any) -> Depthwise | str:
+def _found(lhs: Any, rhs: Any, *arguments: Any) -> Depthwise | str:
     """What a depthwise call asks for. Of another, or a wrong one, why lax has the say."""
     try:
         conv = _understood(lhs, rhs, *arguments)
@@ -74,7 +76,7 @@ def _depthwise(lhs: Any, rhs: Any, *arguments: Any) -> Depthwise | str:
         return f"an argument can't be understood: {error}"
     if isinstance(conv, str):
         return conv
-    found = depthwise(conv)
+    found = op_of(conv)
     if isinstance(found, Depthwise) and found.op is not FORWARD:
         if any(jax.typeof(lhs).sharding.spec):
             return "a transpose or a gradient has explicit sharding"

@@ -15,9 +15,9 @@ With G groups, feature_group_count or batch_group_count, of I inputs and J outpu
 A transpose is what lax writes for the gradient by the input, and what transposed convolutions are:
 lhs_dilation is the stride there. In gradients by the filter batch and channels have changed roles,
 and window_strides are the dilation; without groups they are told from a convolution by the window,
-which is larger than the result. Where both I and J are more than 1, each group of an
-operand is read once for each input, or output, of the other. What `vmap` makes of any of these has
-more groups, and is one of these again.
+which is larger than the result. Where both I and J are more than 1, each group of an operand is
+read once for each input, or output, of the other. What `vmap` makes of any of these has more
+groups, and is one of these again.
 """
 
 import math
@@ -42,10 +42,13 @@ from jax_dwbp._spec import (
     canonicalize,
 )
 
-# Without groups lax's own convolution is fast, but from or to one channel and with few others. With
-# groups it takes 100 times as long, but what is read several times here is memory too.
-_DENSE_CHANNELS = 16
+# With groups lax's own convolution takes 2 to 1,000 times as long on a CPU. But what is read
+# several times here is memory.
 _GROUP_CHANNELS = 8
+# Without groups it is a matmul and fast, but from or to one channel: with so many others, and with
+# strides that leave windows much in common, it takes 3 to 100 times as long.
+_DENSE_CHANNELS = 16
+_DENSE_STRIDE = 2
 
 
 class Convolution(NamedTuple):
@@ -98,6 +101,7 @@ class Depthwise(NamedTuple):
     result: Callable[[jax.Array], jax.Array]
     dtype: Any  # of the result
     compute_dtype: Any
+    is_dense: bool  # without groups
 
     def apply(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         a, b = (_converted(x, self.compute_dtype) for x in self.operands(lhs, rhs))
@@ -113,19 +117,21 @@ class Depthwise(NamedTuple):
         return tuple(map(_compat.plain, jax.eval_shape(converted, lhs, rhs)))
 
 
-def depthwise(conv: Convolution) -> Depthwise | str:
+def op_of(conv: Convolution) -> Depthwise | str:
     """The op that computes it, or why none does."""
     reason = _why_none(conv)
     if reason:
         return reason
-    features, group, *_ = conv.rhs
     by_filter = _is_by_filter(conv)
-    inputs = conv.lhs[0] // conv.batch_groups if by_filter else group
-    outputs = features // max(conv.groups, conv.batch_groups)
     groups = max(conv.groups, conv.batch_groups)
+    inputs = conv.lhs[0] // groups if by_filter else conv.rhs[1]
+    outputs = conv.rhs[0] // groups
     least, most = sorted((inputs, outputs))
     if least > (1 if groups == 1 else _GROUP_CHANNELS) or (groups == 1 and most > _DENSE_CHANNELS):
         return f"{groups} groups have {inputs} inputs and {outputs} outputs each"
+    is_matmul = 1 in (math.prod(conv.rhs[2:]), math.prod(conv.spatial))
+    if groups == 1 and (is_matmul or max(conv.strides) > _DENSE_STRIDE):
+        return f"without groups: a window of {conv.rhs[2:]}, strides of {conv.strides}"
     name, steps = "window_strides", conv.strides
     if by_filter:
         name, steps = "rhs_dilation", conv.rhs_dilation
@@ -137,7 +143,7 @@ def depthwise(conv: Convolution) -> Depthwise | str:
         if by_filter:
             return _filter_grad(conv, inputs, outputs, is_transposed=is_transposed)
         return (_input_grad if is_transposed else _forward)(conv, inputs, outputs)
-    except ValueError as error:  # sizes beyond what the ops take, a precision that is none
+    except ValueError as error:  # sizes beyond what the ops take, another kind of precision
         return str(error)
 
 
@@ -145,12 +151,12 @@ def _is_by_filter(conv: Convolution) -> bool:
     """Whether it is written as gradients by the filter are."""
     if conv.batch_groups > 1:
         return True
-    is_large = math.prod(conv.rhs[2:]) > math.prod(conv.spatial)
+    is_large = math.prod(conv.rhs[2:]) > math.prod(conv.spatial) > 1
     return is_large and conv.groups == 1 and 1 in (conv.lhs[0], conv.rhs[0])
 
 
 def _are_static(*sizes: Any) -> bool:
-    return all(type(size) is int and size > 0 for size in sizes)
+    return all(type(size) is int for size in sizes)
 
 
 def _why_none(conv: Convolution) -> str | None:
@@ -158,10 +164,13 @@ def _why_none(conv: Convolution) -> str | None:
     features, _, *window = conv.rhs
     if len(spatial) not in (1, 2):
         return f"one or two spatial dimensions are depthwise here, not {len(spatial)}"
+    if 0 in (*conv.lhs, *conv.rhs):
+        return "an operand is empty"
     if not _are_static(*spatial, *window, features):
-        return "a size is 0 or symbolic"
-    if not _are_static(batch if _is_by_filter(conv) else channels):  # the other one may be
-        return "a size is 0 or symbolic"
+        return "a size is symbolic"
+    # The other one of these two is what this calls the batch.
+    if not _are_static(batch if _is_by_filter(conv) else channels):
+        return "a size is symbolic"
     if 0 in conv.spatial:
         return "the output is empty"
     dtypes = conv.dtypes
@@ -203,9 +212,9 @@ def _forward(conv: Convolution, inputs: int, outputs: int) -> Depthwise | str:
 
     def result(images: jax.Array) -> jax.Array:
         images = _summed(images, conv.groups, inputs, first)
-        return _from_images(y, first, images)
+        return _from_images(images, y, first)
 
-    found = _depthwise(FORWARD, spec, conv, operands, result)
+    found = _op(FORWARD, spec, conv, operands, result)
     if inputs == 1 or found.compute_dtype.itemsize > 2:
         return found
     return found._replace(compute_dtype=jnp.dtype("float32"))  # for the sum
@@ -256,9 +265,9 @@ def _input_grad(conv: Convolution, inputs: int, outputs: int) -> Depthwise | str
         return lax.rev(f, (0, 1)), _repeated(images, conv.groups, outputs, first)
 
     def result(images: jax.Array) -> jax.Array:
-        return _from_images(x, first, _padded(images, zeros, first))
+        return _from_images(_padded(images, zeros, first), x, first)
 
-    return _depthwise(INPUT_GRAD, spec, conv, operands, result)
+    return _op(INPUT_GRAD, spec, conv, operands, result)
 
 
 def _filter_grad(
@@ -316,16 +325,17 @@ def _filter_grad(
         many, feature, *axes = out_spec
         return lax.transpose(f, np.argsort((*axes, feature, many)))
 
-    return _depthwise(FILTER_GRAD, spec, conv, operands, result)
+    return _op(FILTER_GRAD, spec, conv, operands, result)
 
 
-def _depthwise(
+def _op(
     op: Op, spec: ConvSpec, conv: Convolution, operands: Callable, result: Callable
 ) -> Depthwise:
     dtype, compute_dtype = conv.dtypes[2], conv.dtypes[2]
     if dtype != conv.dtypes[0]:
         compute_dtype = max(dtype, jnp.dtype("float32"), key=lambda dtype: dtype.itemsize)
-    return Depthwise(op, spec, operands, result, dtype, compute_dtype)
+    is_dense = conv.groups == conv.batch_groups == 1
+    return Depthwise(op, spec, operands, result, dtype, compute_dtype, is_dense)
 
 
 def _spec(
@@ -371,7 +381,7 @@ def _to_images(array: jax.Array, axes: Images, channels_first: bool) -> jax.Arra
     return array
 
 
-def _from_images(axes: Images, channels_first: bool, images: jax.Array) -> jax.Array:
+def _from_images(images: jax.Array, axes: Images, channels_first: bool) -> jax.Array:
     if len(axes.spatial) == 1:
         images = lax.squeeze(images, (2 if channels_first else 1,))
     if channels_first:

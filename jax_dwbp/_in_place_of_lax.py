@@ -10,7 +10,9 @@ traced. So it also replaces the function that is called.
 
 import contextlib
 import functools
+import operator
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,8 +24,9 @@ from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 from jax_dwbp import _compat, _select
 from jax_dwbp._compat import Target
 from jax_dwbp._conv_general_dilated import conv_general_dilated
-from jax_dwbp._depthwise import Convolution, Depthwise, depthwise
+from jax_dwbp._depthwise import Convolution, Depthwise, op_of
 from jax_dwbp._rules import Found
+from jax_dwbp._spec import brief
 
 # What is replaced: nothing, the lowering, or the function too. The caches of `jit` look at it.
 _LOWERING, _FUNCTION = "lowering", "function"
@@ -37,11 +40,12 @@ def install() -> None:
     `jax.lax.conv_general_dilated` that is lowered afterwards is looked at, and those that
     `jax_dwbp.conv_general_dilated` takes run by the implementation that is the best for them:
     convolutions, what `jax.grad` and `jax.vmap` make of them, and transposed convolutions. The
-    others are lowered as before, bit for bit. Results are the same to rounding.
+    others are lowered as before, bit for bit, but for complex ones on a CPU: of these lax makes
+    real ones, which run here. Results are the same to rounding.
 
-    It is part of what `jax.jit` caches by: functions are traced again that were before. What a
-    library has compiled and keeps itself is not, as that of a Keras model: call `compile` again.
-    What XLA can't look into has no FLOPs in `cost_analysis`.
+    It is part of what `jax.jit` caches by: functions are traced again that were before. What is
+    compiled already and kept stays as it was, as that of a Keras model: call `compile` again. What
+    XLA can't look into has no FLOPs in `cost_analysis`.
 
     >>> import jax_dwbp
     >>> jax_dwbp.install()
@@ -52,7 +56,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Takes `install` back. What was compiled meanwhile is not run any more."""
+    """Takes `install` back: jitted functions are traced again that were meanwhile."""
     _compat.in_place.set_global(None)
 
 
@@ -109,37 +113,59 @@ def ops_of_lax(lhs: Any, rhs: Any, params: dict[str, Any]) -> Found:
 def _found(lhs: Any, rhs: Any, params: dict[str, Any]) -> Depthwise | str:
     if _compat.in_place.value is None:
         return "it is lax's own: neither `install` was called, nor is this `in_place_of_lax`"
-    if any(any(x.sharding.spec) for x in (lhs, rhs)):
-        return "an operand has explicit sharding"
+    shardings = (lhs.sharding, rhs.sharding, params["out_sharding"])
+    if any(sharding is not None and any(sharding.spec) for sharding in shardings):
+        return "an operand or the result has explicit sharding"
     numbers = params["dimension_numbers"]
+    # NumPy's integers are lax's too.
+    strides, lhs_dilation, rhs_dilation = (
+        tuple(map(operator.index, params[name]))
+        for name in ("window_strides", "lhs_dilation", "rhs_dilation")
+    )
     conv = Convolution(
         lhs=tuple(lhs.shape[i] for i in numbers.lhs_spec),
         rhs=tuple(rhs.shape[i] for i in numbers.rhs_spec),
         numbers=numbers,
-        strides=tuple(params["window_strides"]),
-        padding=tuple(map(tuple, params["padding"])),
-        lhs_dilation=tuple(params["lhs_dilation"]),
-        rhs_dilation=tuple(params["rhs_dilation"]),
-        groups=params["feature_group_count"],
-        batch_groups=params["batch_group_count"],
+        strides=strides,
+        padding=tuple(params["padding"]),
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        groups=operator.index(params["feature_group_count"]),
+        batch_groups=operator.index(params["batch_group_count"]),
         precision=params["precision"],
         dtypes=(lhs.dtype, rhs.dtype, jnp.dtype(params["preferred_element_type"] or lhs.dtype)),
     )
-    return depthwise(conv)
+    return op_of(conv)
 
 
 def _lower(before: Any, platform: str, ctx: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
-    found = _found(ctx.avals_in[0], ctx.avals_in[1], params)
-    if isinstance(found, str):
-        return before(ctx, lhs, rhs, **params)
     with contextlib.ExitStack() as contexts:
-        if found.compute_dtype.itemsize == 8:
-            contexts.enter_context(jax.enable_x64(True))
         if AxisType.Manual in ctx.avals_in[0].sharding.mesh.axis_types:
             # To a device its part is whole.
             contexts.enter_context(use_abstract_mesh(AbstractMesh((), ())))
-        avals = list(map(_compat.plain, ctx.avals_in))
-        operands = found.op_operands(*avals)
-        if _select.selected(found.op, found.spec, Target(platform), *operands).name == "lax":
-            return before(ctx, lhs, rhs, **params)
-        return _compat.lower(ctx.replace(avals_in=avals), found.apply, lhs, rhs)
+        if max(x.dtype.itemsize for x in (*ctx.avals_in, *ctx.avals_out)) == 8:
+            contexts.enter_context(jax.enable_x64(True))
+        try:
+            found = _taken(ctx, platform, params)
+        except (RecursionError, MemoryError):  # of now and here, not of the convolution
+            raise
+        except Exception as error:  # a program that never named this package shall not end by it
+            warnings.warn(f"a convolution of lax's is not looked at: {brief(error)}", stacklevel=2)
+            found = None
+        if found is not None:
+            avals = list(map(_compat.plain, ctx.avals_in))
+            return _compat.lower(ctx.replace(avals_in=avals), found.apply, lhs, rhs)
+    return before(ctx, lhs, rhs, **params)
+
+
+def _taken(ctx: Any, platform: str, params: dict[str, Any]) -> Depthwise | None:
+    found = _found(ctx.avals_in[0], ctx.avals_in[1], params)
+    if isinstance(found, str):
+        return None
+    target = _compat.target_of(ctx, platform)
+    if not target.exported and not isinstance(target.meshes, str):
+        target = Target(platform)  # as each device chooses for its part
+    operands = found.op_operands(*map(_compat.plain, ctx.avals_in))
+    name = _select.selected(found.op, found.spec, target, *operands).name
+    # What is fast without groups is a kernel.
+    return None if name == "lax" or (found.is_dense and name != "native_cpu") else found

@@ -128,10 +128,11 @@ def ops_in(function: Callable, of_lax: Callable[..., Found], *args: Any) -> list
             if eqn.primitive is _primitive:
                 yield eqn.params["op"], eqn.params["spec"], *avals
             elif eqn.primitive is lax.conv_general_dilated_p:
-                scopes = [
-                    scope for scope in _compat.scopes_of(eqn) if scope.startswith(LEFT_TO_LAX)
-                ]
-                yield scopes[-1].removeprefix(LEFT_TO_LAX) if scopes else of_lax(*avals, eqn.params)
+                found = of_lax(*avals, eqn.params)
+                for scope in _compat.scopes_of(eqn):
+                    if isinstance(found, str) and scope.startswith(LEFT_TO_LAX):
+                        found = scope.removeprefix(LEFT_TO_LAX)
+                yield found
             for inner in jaxprs_in_params(eqn.params):
                 yield from walk(inner)
 
@@ -263,8 +264,10 @@ def _reshaped(x: Any, shape: tuple[int, ...], spec: tuple[Any, ...]) -> Any:
 def _lower(ctx, a, b, *, op, spec, platform):
     target = _compat.target_of(ctx, platform)
     with contextlib.ExitStack() as contexts:
-        # What an implementation asks of lax is lax's.
-        contexts.enter_context(_compat.in_place(None))
+        if _compat.in_place.value is not None:
+            # What an implementation asks of lax is lax's.
+            contexts.enter_context(_compat.in_place(None))
+            ctx = _compat.without_cache(ctx)
         if ctx.avals_in[0].dtype.itemsize == 8:
             # Where this is lowered float64 may be off, though it was on where the op was called.
             contexts.enter_context(jax.enable_x64(True))

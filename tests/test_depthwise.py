@@ -215,6 +215,14 @@ FORMS = {
         {"lhs_dilation": (2, 2), "padding": ((2, 2), (2, 2)), "feature_group_count": 4},
         ["input_grad", "forward", "filter_grad"],
     ),
+    "strided": (
+        (2, 9, 9, 1),
+        (4, 4, 1, 8),
+        {"window_strides": (3, 3)},
+        ["lax"] * 2 + ["input_grad"],
+    ),
+    "pixels": ((2, 9, 9, 16), (1, 1, 16, 1), {}, ["lax"] * 3),
+    "whole image": ((1, 5, 5, 3), (5, 5, 3, 9), {"padding": "VALID"}, ["lax"] * 3),
     "many groups": ((1, 5, 5, 36), (3, 3, 18, 36), {"feature_group_count": 2}, ["lax"] * 3),
     "dense": ((2, 5, 5, 3), (3, 3, 3, 8), {}, ["lax"] * 3),
 }

@@ -14,6 +14,7 @@ from jax.extend.core.primitives import conv_general_dilated_p
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_dwbp
+from jax_dwbp import _in_place_of_lax
 
 KERNEL = "jax_dwbp_depthwise_conv2d" if HAS_NATIVE else "stablehlo.multiply"
 X, F = jnp.ones((1, 4, 6, 5)), jnp.ones((4, 1, 3, 3))
@@ -241,10 +242,78 @@ def test_installed_the_result_has_the_type_that_is_asked_for(installed):
     np.testing.assert_allclose(y, conv(x.astype("float64"), f.astype("float64")), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"feature_group_count": np.int64(4)},
+        {"window_strides": np.array([2, 2])},
+        {"rhs_dilation": np.array([2, 2])},
+        {"lhs_dilation": np.array([2, 2]), "padding": ((1, 1), (1, 1))},
+    ],
+    ids=str,
+)
+def test_installed_integers_may_be_those_of_numpy(installed, options):
+    options = {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 4, **options}
+
+    def gradients(x, f):
+        convolve = functools.partial(jax.lax.conv_general_dilated, **options)
+        return jax.value_and_grad(lambda x, f: jnp.sin(convolve(x, f)).sum(), (0, 1))(x, f)
+
+    got = gradients(X, F)
+    assert "stablehlo.convolution" not in lowered(gradients)
+    jax_dwbp.uninstall()
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), got, gradients(X, F))
+
+
+@pytest.mark.parametrize("group", (1, 2))
+def test_installed_empty_operands_are_lax_own(installed, group):
+    x, f = jnp.ones((0, 4, 6, 5)), jnp.ones((4, group, 3, 3))
+    assert conv(x, f, feature_group_count=4 // group).shape == (0, 4, 6, 5)
+
+
+def test_installed_complex_operands_are_real_ones(installed):
+    """Which is lax's doing."""
+    x, f = (jnp.asarray(np.asarray(a) * k) for a, k in ((X, 1 + 2j), (F, 3 - 1j)))
+    assert KERNEL in lowered(conv, x, f)
+    np.testing.assert_allclose(conv(x, f), np.asarray(conv(X, F)) * (5 + 5j), rtol=1e-6)
+
+
+def test_installed_one_program_has_lax_by_name_and_what_takes_its_place(installed):
+    """JAX lowers a primitive of the same operands and parameters once in a program."""
+    x, f = jnp.ones((2, 9, 9, 4)), jnp.ones((3, 3, 4, 1))
+
+    def by_name(x, f):
+        options = {"strides": (1, 1), "padding": "SAME", "implementation": "lax"}
+        return jax_dwbp.depthwise_conv2d_native(x, f, **options)
+
+    def plain(x, f):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        options = {"dimension_numbers": numbers, "feature_group_count": 4}
+        return jax.lax.conv_general_dilated(x, f.reshape(3, 3, 1, 4), (1, 1), "SAME", **options)
+
+    for first, second in ((by_name, plain), (plain, by_name)):
+        text = lowered(lambda x, f, first=first, second=second: (first(x, f), second(x, f)), x, f)
+        assert text.count("stablehlo.convolution") == 1 and KERNEL in text
+
+
+def test_installed_what_fails_here_is_lowered_as_before(installed, monkeypatch):
+    monkeypatch.setattr(_in_place_of_lax, "op_of", lambda conv: 1 // 0)
+    with pytest.warns(UserWarning, match="is not looked at: integer division"):
+        assert lowered(conv).count("stablehlo.convolution") == 1
+
+
+def test_installed_what_the_stand_in_left_is_looked_at_again(installed):
+    """`vmap` of a dense one with a filter each has groups."""
+    x, f = jnp.ones((5, 1, 3, 8, 8)), jnp.ones((5, 3, 3, 3, 3))
+    run = jax.vmap(lambda x, f: jax_dwbp.conv_general_dilated(x, f, (1, 1), "SAME"))
+    [found] = jax_dwbp.implementations(run, x, f, platform="cpu")
+    assert found.op != "conv_general_dilated" and KERNEL in lowered(run, x, f)
+
+
 @pytest.mark.parametrize("channels", (1, 4))
 @pytest.mark.parametrize("sizes", ("b, 8, 8", "b, h, 8"))
 def test_installed_sizes_may_be_symbolic(installed, sizes, channels):
-    """Of a batch it runs here, else it is lax's."""
+    """Of a batch it runs here, else it is lax's. So is what has no groups, where it is exported."""
 
     def gradients(x, f):
         convolve = functools.partial(conv, feature_group_count=channels)
@@ -256,7 +325,8 @@ def test_installed_sizes_may_be_symbolic(installed, sizes, channels):
     program = jax.export.export(jax.jit(lambda x, f: gradients(x, f)))(
         jax.ShapeDtypeStruct(shape, x.dtype), f
     )
-    assert ("stablehlo.convolution" in str(program.mlir_module())) == ("h" in sizes)
+    is_lax = "h" in sizes or channels == 1
+    assert ("stablehlo.convolution" in str(program.mlir_module())) == is_lax
     for got, want in zip(program.call(x, f), gradients(x, f), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 

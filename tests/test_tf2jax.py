@@ -72,7 +72,7 @@ def test_training_step():
     names = [weight.path for weight in weights]
     assert set(names) <= set(parameters)
     ops = [selection.op for selection in jax_dwbp.implementations(function, parameters, x, y)]
-    assert sorted(ops) == sorted(3 * OPS)
+    assert sorted(op for op in ops if op != "conv_general_dilated") == sorted(3 * OPS)
 
     function = jax.jit(function)
     losses = []

@@ -76,7 +76,9 @@ FAULTS = [
         ("with _compat.in_place(_FUNCTION):", "with _compat.in_place(None):", IN_PLACE),
         ("in_place.set_global(None)", "in_place.set_global(_LOWERING)", IN_PLACE),
         ("in_place.set_global(_LOWERING)", "in_place(_LOWERING).__enter__()", IN_PLACE),
-        ('tuple(params["lhs_dilation"])', 'tuple(params["rhs_dilation"])', FORMS),
+        ('"lhs_dilation", "rhs_dilation")', '"rhs_dilation", "rhs_dilation")', FORMS),
+        ('found.is_dense and name != "native_cpu"', "False", IN_PLACE),
+        ("except Exception as error", "except OSError as error", IN_PLACE),
         ('params["preferred_element_type"] or', "", IN_PLACE),
     ),
     *faults(
@@ -91,6 +93,9 @@ FAULTS = [
         ("            f = lax.rev(f, (0, 1))\n", "            pass\n", FORMS),
         ("none * 2 + axes if channels_first", "none + axes + none if channels_first", FORMS),
         ("dtypes[0].itemsize > dtypes[2].itemsize", "False", STAND_IN),
+        ("if 0 in (*conv.lhs, *conv.rhs):", "if False:", IN_PLACE),
+        ("is_matmul or max(", "max(", FORMS),
+        ("> _DENSE_STRIDE", "> 3", FORMS),
         ("_DENSE_CHANNELS = 16", "_DENSE_CHANNELS = 17", STAND_IN),
     ),
     *faults(

@@ -19,7 +19,8 @@ from mutants.fault import Operator, faults
 FAULTS = [
     *faults(
         "_rules.py",
-        ("        contexts.enter_context(_compat.in_place(None))\n", "", IN_PLACE),
+        ("            contexts.enter_context(_compat.in_place(None))\n", "", IN_PLACE),
+        ("            ctx = _compat.without_cache(ctx)\n", "", IN_PLACE),
         (
             "frozenset().union(*varying)",
             "frozenset.intersection(*varying)",
