@@ -104,17 +104,18 @@ class Depthwise(NamedTuple):
     is_dense: bool  # without groups
 
     def apply(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        a, b = (_converted(x, self.compute_dtype) for x in self.operands(lhs, rhs))
+        a, b = self._converted_operands(lhs, rhs)
         y = _rules.apply(a, b, op=self.op, spec=self.spec, forward_mode=True)
         return _converted(self.result(y), self.dtype)
 
     def op_operands(self, lhs: Any, rhs: Any) -> tuple[Any, Any]:
         """The shapes and dtypes of what the op takes."""
+        a, b = jax.eval_shape(self._converted_operands, lhs, rhs)
+        return _compat.plain(a), _compat.plain(b)
 
-        def converted(lhs: jax.Array, rhs: jax.Array) -> Any:
-            return tuple(_converted(x, self.compute_dtype) for x in self.operands(lhs, rhs))
-
-        return tuple(map(_compat.plain, jax.eval_shape(converted, lhs, rhs)))
+    def _converted_operands(self, lhs: jax.Array, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        a, b = self.operands(lhs, rhs)
+        return _converted(a, self.compute_dtype), _converted(b, self.compute_dtype)
 
 
 def op_of(conv: Convolution) -> Depthwise | str:
