@@ -129,7 +129,8 @@ def op_of(conv: Convolution) -> Depthwise | str:
     outputs = conv.rhs[0] // groups
     least, most = sorted((inputs, outputs))
     if least > (1 if groups == 1 else _GROUP_CHANNELS) or (groups == 1 and most > _DENSE_CHANNELS):
-        return f"{groups} groups have {inputs} inputs and {outputs} outputs each"
+        where = "without groups" if groups == 1 else f"each of {groups} groups"
+        return f"{where}: {inputs} inputs and {outputs} outputs"
     is_matmul = 1 in (math.prod(conv.rhs[2:]), math.prod(conv.spatial))
     if groups == 1 and (is_matmul or max(conv.strides) > _DENSE_STRIDE):
         return f"without groups: a window of {conv.rhs[2:]}, strides of {conv.strides}"

@@ -7,16 +7,13 @@ and runs the ops of this package. It needs tf2jax and TensorFlow, which are not 
 
 import functools
 import importlib
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
 import jax_dwbp
+from jax_dwbp import _tensorflow_neighbours
 
 _ATTRIBUTES = ("strides", "padding", "explicit_paddings", "data_format", "dilations")
 
@@ -25,10 +22,20 @@ def register() -> None:
     """Registers the ops with tf2jax, for all conversions that follow.
 
     These are DepthwiseConv2dNative, in the place of tf2jax's own, its BackpropInput and its
-    BackpropFilter. So that whole training steps convert, what else the gradient of a network has
-    is registered too where tf2jax has none: ReluGrad, Relu6Grad, BiasAddGrad, RsqrtGrad, ShapeN and
-    Conv2DBackpropFilter; and Conv2DBackpropInput in the place of tf2jax's, which leaves the shape
-    of strided ones to chance.
+    BackpropFilter; and Conv2D with its two gradients, of which those with as many groups as
+    channels run here as well, as Keras writes them for a ConvNeXt.
+
+    So that whole training steps convert, what else the gradient of a network has is registered too
+    where tf2jax has none: of activations, pooling, normalization, slices, padding, resizing and
+    the cross entropy. Of FusedBatchNorm and ResizeBilinear tf2jax's own are replaced: the one
+    leaves out what its gradient reads, the other is zero at the end of what it enlarges by more
+    than 2 without half_pixel_centers.
+
+    In a graph that has gradients those of custom gradients, as of swish, are there too. So they are
+    not converted once more, which tf2jax can't ("Overlapping subgraphs"). To differentiate such a
+    graph again in JAX through one of them is a LookupError, and a forward graph of several of them
+    fails in tf2jax: `tf2jax.override_config("convert_custom_gradient", False)` around the
+    conversion lets JAX differentiate what they compute.
 
     Raises:
       ImportError: tf2jax or TensorFlow is not installed, or this version of tf2jax keeps its ops
@@ -37,14 +44,33 @@ def register() -> None:
     try:
         # Not public, but there is no other way.
         table = importlib.import_module("tf2jax._src.ops")._jax_ops
-    except (ImportError, AttributeError) as error:
+        graphs = importlib.import_module("tf2jax._src.tf2jax")
+        extract = graphs._extract_subgraphs
+        better, lacking = _tensorflow_neighbours.parsers(table)
+    except (ImportError, AttributeError, KeyError) as error:
         raise ImportError(
             f"`register` needs tf2jax 0.3.8, or a later one with its table of ops in the same "
             f"place, and TensorFlow: {error}"
         ) from error
     table.update(_OPS)
-    for name, parser in _NEIGHBOURS.items():
+    table.update(better)
+    for name, parser in lacking.items():
         table.setdefault(name, parser)
+    if not hasattr(extract, "__wrapped__"):
+        graphs.__dict__["_extract_subgraphs"] = _but_of_training_steps(extract)
+
+
+def _but_of_training_steps(extract: Callable) -> Callable:
+    """tf2jax's search for what custom gradients belong to, but for graphs that have them."""
+
+    @functools.wraps(extract)
+    def subgraphs(graph: Any, nodes: Any, library: Any) -> dict[str, Any]:
+        has_gradients = any(
+            "Backprop" in node.op or node.op.endswith("Grad") for node in graph.node
+        )
+        return {} if has_gradients else extract(graph, nodes, library)
+
+    return subgraphs
 
 
 def _parser(function: Callable) -> Callable[[Any], Callable]:
@@ -70,27 +96,8 @@ def _attributes(proto: Any) -> dict[str, Any]:
     }
 
 
-def _plain(function: Callable) -> Callable[[Any], Callable]:
-    """For an op whose attributes say nothing that its operands don't."""
-    return lambda proto: function
-
-
-def _relu_gradient(dy: jax.Array, x: jax.Array, upper: float = math.inf) -> jax.Array:
-    return jnp.where((x > 0) & (x < upper), dy, jnp.zeros_like(dy))
-
-
-def _bias_gradient(proto: Any) -> Callable:
-    channels_first = proto.attr["data_format"].s == b"NCHW"
-
-    def run(dy: jax.Array) -> jax.Array:
-        channels = 1 if channels_first else dy.ndim - 1
-        return jnp.sum(dy, [axis for axis in range(dy.ndim) if axis != channels])
-
-    return run
-
-
-def _dense_gradient(wanted: int) -> Callable[[Any], Callable]:
-    """Of Conv2D by its input or filter: the transpose of what lax computes."""
+def _dense(function: Callable) -> Callable[[Any], Callable]:
+    """For Conv2D, or one of its gradients: `function` gets what convolves x with f."""
 
     def parse(proto: Any) -> Callable:
         attributes = _attributes(proto)
@@ -102,31 +109,30 @@ def _dense_gradient(wanted: int) -> Callable[[Any], Callable]:
             pads = attributes["explicit_paddings"]
             padding = [pads[2 * axis : 2 * axis + 2] for axis in (height, width)]
 
-        def run(a: Any, b: Any, dy: jax.Array) -> jax.Array:
-            # One of the first two operands is an array, the other is a shape.
-            operands = [a, b]
-            known = operands[1 - wanted]
-            sizes = tuple(int(size) for size in operands[wanted])
-            shapes = [sizes, known.shape] if wanted == 0 else [known.shape, sizes]
+        def convolve(x: jax.Array, f: jax.Array) -> jax.Array:
+            return jax_dwbp.conv_general_dilated(
+                x,
+                f,
+                [attributes["strides"][axis] for axis in (height, width)],
+                padding,
+                rhs_dilation=[dilations[axis] for axis in (height, width)],
+                dimension_numbers=(layout, "HWIO", layout),
+                feature_group_count=x.shape[layout.index("C")] // f.shape[2],
+            )
 
-            def forward(unknown: jax.Array) -> jax.Array:
-                x, f = (unknown, known) if wanted == 0 else (known, unknown)
-                return lax.conv_general_dilated(
-                    x,
-                    f,
-                    [attributes["strides"][axis] for axis in (height, width)],
-                    padding,
-                    rhs_dilation=[dilations[axis] for axis in (height, width)],
-                    dimension_numbers=(layout, "HWIO", layout),
-                    feature_group_count=shapes[0][layout.index("C")] // shapes[1][2],
-                )
-
-            transpose = jax.linear_transpose(forward, jax.ShapeDtypeStruct(sizes, dy.dtype))
-            return transpose(dy)[0]
-
-        return run
+        return functools.partial(function, convolve)
 
     return parse
+
+
+def _dense_backprop_input(convolve: Callable, sizes: Any, f: Any, dy: jax.Array) -> jax.Array:
+    x = jax.ShapeDtypeStruct(tuple(map(int, sizes)), dy.dtype)
+    return jax.linear_transpose(lambda x: convolve(x, f), x)(dy)[0]
+
+
+def _dense_backprop_filter(convolve: Callable, x: Any, sizes: Any, dy: jax.Array) -> jax.Array:
+    f = jax.ShapeDtypeStruct(tuple(map(int, sizes)), dy.dtype)
+    return jax.linear_transpose(lambda f: convolve(x, f), f)(dy)[0]
 
 
 _OPS = {
@@ -135,13 +141,8 @@ _OPS = {
     "DepthwiseConv2dNativeBackpropFilter": _parser(
         jax_dwbp.depthwise_conv2d_native_backprop_filter
     ),
-    "Conv2DBackpropInput": _dense_gradient(0),
-}
-_NEIGHBOURS = {
-    "Conv2DBackpropFilter": _dense_gradient(1),
-    "ReluGrad": _plain(_relu_gradient),
-    "Relu6Grad": _plain(functools.partial(_relu_gradient, upper=6.0)),
-    "BiasAddGrad": _bias_gradient,
-    "RsqrtGrad": _plain(lambda y, dy: -0.5 * dy * y**3),
-    "ShapeN": _plain(lambda *arrays: [np.array(jnp.shape(array)) for array in arrays]),
+    "Conv2D": _dense(lambda convolve, x, f: convolve(x, f)),
+    # tf2jax's leaves the shape of strided ones to chance.
+    "Conv2DBackpropInput": _dense(_dense_backprop_input),
+    "Conv2DBackpropFilter": _dense(_dense_backprop_filter),
 }

@@ -16,7 +16,7 @@ PACKAGE = Path(jax_dwbp.__file__).parent
 LAYERS = (
     (
         *("__init__", "__main__", "tf2jax", "_api", "_command_line"),
-        *("_in_place_of_lax", "_conv_general_dilated"),
+        *("_in_place_of_lax", "_conv_general_dilated", "_tensorflow_neighbours"),
         *("bench.__init__", "bench.__main__", "bench.command", "bench.tables", "bench.timing"),
         *("bench.contestants", "bench.peers", "bench.layers"),
     ),

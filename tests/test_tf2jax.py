@@ -26,7 +26,8 @@ def registered():
 
 
 def network(size):
-    """Each layer with a depthwise convolution that Keras has, and what stands around them."""
+    """Each layer with a depthwise convolution that Keras has, and what stands around them: swish
+    has a custom gradient."""
     layers = keras.layers
     return keras.Sequential(
         [
@@ -37,6 +38,10 @@ def network(size):
             layers.Conv2D(6, 3, strides=2, padding="same"),
             layers.DepthwiseConv2D((5, 3), padding="same"),
             layers.BatchNormalization(),
+            layers.Activation("silu"),
+            layers.MaxPooling2D(2, 1),
+            layers.Conv2D(12, 3, groups=6, padding="same", activation="silu"),
+            layers.AveragePooling2D(2, 1, "same"),
             layers.ReLU(6.0),
             layers.SeparableConv2D(6, 3, padding="same"),
             layers.GlobalAveragePooling2D(),
@@ -72,7 +77,7 @@ def test_training_step():
     names = [weight.path for weight in weights]
     assert set(names) <= set(parameters)
     ops = [selection.op for selection in jax_dwbp.implementations(function, parameters, x, y)]
-    assert sorted(op for op in ops if op != "conv_general_dilated") == sorted(3 * OPS)
+    assert sorted(op for op in ops if op != "conv_general_dilated") == sorted(4 * OPS)
 
     function = jax.jit(function)
     losses = []
@@ -161,14 +166,37 @@ def test_dilated_dense_gradients():
         np.testing.assert_allclose(g, w, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("data_format", "others"), [("NHWC", (0, 1, 2)), ("NCHW", (0, 2, 3))])
-def test_bias_gradient(data_format, others):
-    dy = np.random.default_rng(0).normal(size=(2, 3, 4, 5))
-    gradient = tf.function(
-        lambda dy: tf.raw_ops.BiasAddGrad(out_backprop=dy, data_format=data_format)
-    )
-    got = tf2jax.convert_functional(gradient, np.zeros_like(dy))(dy)
-    np.testing.assert_allclose(got, dy.sum(others), rtol=1e-12)
+def test_custom_gradients():
+    """Of a forward graph they are converted, as without `register`, however often that was called;
+    in one that has gradients they stand already."""
+
+    @tf.custom_gradient
+    def tripled(x):
+        return x * x, lambda dy: 3.0 * dy
+
+    def gradient(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = tf.tanh(tripled(x))
+        return tape.gradient(y, x)
+
+    before = sys.modules["tf2jax._src.tf2jax"]._extract_subgraphs
+    jax_dwbp.tf2jax.register()
+    assert sys.modules["tf2jax._src.tf2jax"]._extract_subgraphs is before
+    x = np.float32(0.5)
+    function = tf2jax.convert_functional(tf.function(tripled, autograph=False), x)
+    assert jax.grad(function)(x) == 3
+    got = tf2jax.convert_functional(tf.function(gradient, autograph=False), x)(x)
+    np.testing.assert_allclose(got, 3 * (1 - np.tanh(0.25) ** 2), rtol=1e-6)
+
+
+def test_explicit_padding_of_conv2d():
+    """Which tf2jax's own refuses."""
+    x, f = (np.random.default_rng(0).normal(size=size) for size in ((2, 7, 8, 6), (3, 3, 2, 9)))
+    pads = ((0, 0), (2, 1), (0, 3), (0, 0))
+    convolve = tf.function(lambda x, f: tf.nn.conv2d(x, f, 2, pads, dilations=1), autograph=False)
+    got = tf2jax.convert_functional(convolve, x, f)(x, f)
+    np.testing.assert_allclose(got, convolve(x, f), rtol=1e-12, atol=1e-12)
 
 
 def test_without_it(monkeypatch):

@@ -1,12 +1,14 @@
 """Faults of what checks arguments and stands in for others."""
 
 from mutants.arguments import (
+    CUSTOM,
     DERIVATIVES,
     ERRORS,
     EXPLICIT,
     FORMS,
     IMPLEMENTATIONS,
     IN_PLACE,
+    NEIGHBOURS,
     STAND_IN,
     TRANSFORMATIONS,
     values,
@@ -101,8 +103,39 @@ FAULTS = [
     *faults(
         "tf2jax.py",
         ("forward_mode=True", Operator("ReplaceTrueWithFalse"), "tests/test_tf2jax.py"),
-        ("1 if channels_first", Operator("NumberReplacer"), "tests/test_tf2jax.py"),
         ('attributes.get("dilations") or (1,) * 4', "(1,) * 4", "tests/test_tf2jax.py"),
         ("table.update(_OPS)", "table.update(_OPS | table)", "tests/test_tf2jax.py"),
+        ("table.update(better)", "pass", NEIGHBOURS),
+        ("return {} if has_gradients else", "return", CUSTOM),
+        (
+            "return {} if has_gradients else extract",
+            "return {} and extract",
+            CUSTOM,
+        ),
+        ('if not hasattr(extract, "__wrapped__")', "if True", CUSTOM),
+    ),
+    *faults(
+        "_tensorflow_neighbours.py",
+        ("1 if channels_first", Operator("NumberReplacer"), NEIGHBOURS),
+        ("(x > 0) & (x < upper)", "(x >= 0) & (x < upper)", f"{NEIGHBOURS} -k activation"),
+        ("jnp.where(x > 0, dy, alpha * dy)", "jnp.where(x > 0, dy, dy)", NEIGHBOURS),
+        ("y + _SELU_SCALE * _SELU_ALPHA", "y + _SELU_ALPHA", f"{NEIGHBOURS} -k activation"),
+        ("many / max(many - 1, 1)", "1", f"{NEIGHBOURS} -k normalization"),
+        ("if factor != 1:", "if False:", f"{NEIGHBOURS} -k normalization"),
+        (
+            "_along(d_offset, axes) + normal * _along(d_scale, axes)",
+            "_along(d_offset, axes)",
+            f"{NEIGHBOURS} -k normalization",
+        ),
+        (
+            "if is_training:\n            many = x.size // mean.size\n            dx",
+            "if True:\n            many = x.size // mean.size\n            dx",
+            f"{NEIGHBOURS} -k normalization",
+        ),
+        ("begin[int(axis)] +=", "begin[int(axis)] =", f"{NEIGHBOURS} -k concatenation"),
+        (".transpose(0, 1, 3, 2, 4, 5)", ".transpose(0, 1, 4, 2, 3, 5)", f"{NEIGHBOURS} -k blocks"),
+        ("np.clip(place, 0, size - 1)", "np.clip(place, 0, size)", f"{NEIGHBOURS} -k resize"),
+        ('proto.attr["align_corners"].b and out > 1', "False", f"{NEIGHBOURS} -k resize"),
+        ("jnp.exp(log_probabilities) - labels", "jnp.exp(log_probabilities)", NEIGHBOURS),
     ),
 ]
