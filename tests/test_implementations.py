@@ -192,14 +192,16 @@ def test_limit_of_lax_on_a_cpu(op):
     [
         Case("two_rows", (2, 4, 12, 1), (3, 2, 1, 3), (1, 2), ((2, 0), (1, 1)), (2, 1)),
         Case("one_column", (1, 6, 4, 1), (2, 4, 1, 1), (2, 3), ((1, 2), (1, 2)), (1, 2)),
+        Case("channels", (2, 1, 6, 4), (3, 2, 4, 1), (2, 2), ((5, 5), (1, 4))),
     ],
     ids=str,
 )
-def test_one_channel_by_lax(case):
-    """XLA aborts on convolutions like these that have a single group."""
-    f, dy = case.operands("input_grad")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_swapped_operands_by_lax(case, dtype):
+    """XLA aborts on convolutions like these: of one group, and in float64 of any number."""
+    f, dy = case.operands("input_grad", dtype)
     dx = case.run("input_grad", f, dy, implementation="lax")
-    case.check("input_grad", dx, case.expected("input_grad", f, dy), "float32")
+    case.check("input_grad", dx, case.expected("input_grad", f, dy), dtype)
 
 
 def test_beyond_every_limit():

@@ -64,10 +64,6 @@ def input_grad(spec: ConvSpec, f: jax.Array, dy: jax.Array) -> jax.Array:
         low, window = axis.pads[0], (axis.out - 1) * axis.stride + 1
         padding.append((axis.reach - low, axis.size + low - window))
     lhs, rhs = _fold(dy), _fold_filter(f)[::-1, ::-1].transpose(0, 1, 3, 2)
-    groups = f.shape[0] * spec.channels
-    if groups == 1:
-        # XLA swaps the operands where there is no other group, and may abort the process by it.
-        lhs, rhs = (jnp.concatenate([a, jnp.zeros_like(a)], 3) for a in (lhs, rhs))
     dx = _conv(
         spec,
         lhs,
@@ -78,7 +74,7 @@ def input_grad(spec: ConvSpec, f: jax.Array, dy: jax.Array) -> jax.Array:
         rhs_dilation=spec.rhs_dilation,
         feature_group_count=rhs.shape[3],
     )
-    return _unfold(dx[..., :groups], f.shape[0], spec.channels)
+    return _unfold(dx, f.shape[0], spec.channels)
 
 
 def filter_grad(spec: ConvSpec, x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -137,15 +133,19 @@ def _conv(
     )
     # XLA's kernel for a CPU reads out of bounds where a low pad is negative and the high one is not
     # (openxla/xla issue 48713). So what pads would crop is cut off.
-    cut, pads = lhs, []
+    cut, pads, out = lhs, [], [slice(None)]
     for axis, ((low, high), step) in enumerate(zip(padding, lhs_dilation, strict=True), 1):
         before, after = (-(min(pad, 0) // step) for pad in (low, high))
         if before + after >= lhs.shape[axis]:  # the windows see nothing but padding
             result = jax.eval_shape(functools.partial(conv, padding=padding), lhs)
             return jnp.zeros(result.shape, lhs.dtype)
         cut = lax.slice_in_dim(cut, before, lhs.shape[axis] - after, axis=axis)
-        pads.append((low + before * step, high + after * step))
-    return conv(cut, padding=pads).astype(lhs.dtype)
+        low, high = low + before * step, high + after * step
+        # XLA takes these for two groups when it swaps the operands, and aborts the process.
+        is_mistaken = low == high == 0 and step == rhs.shape[axis - 1] == 2
+        pads.append((low, high + is_mistaken))
+        out.append(slice(-1 if is_mistaken else None))
+    return conv(cut, padding=pads)[tuple(out)].astype(lhs.dtype)
 
 
 def _rank(spec: ConvSpec, platform: str | None) -> int:

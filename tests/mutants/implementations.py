@@ -17,6 +17,8 @@ FAULTS = [
         ("precision=spec.precision", "precision=None", TRANSFORMATIONS),
         ("before, lhs.shape[axis] - after,", "0, lhs.shape[axis],", CROPPED),
         ("low + before * step,", "low + before,", CROPPED),
+        ("high + is_mistaken", "high", f"{IMPLEMENTATIONS} -k swapped"),
+        ("-1 if is_mistaken else None", "None", f"{IMPLEMENTATIONS} -k swapped"),
         ("before + after >= ", Operator("GtE_Gt"), CROPPED),
         ("problems, channels), 3, 0)", "channels, problems), 4, 0)", f"{BATCHING} -k lax"),
         ('2 if platform == "cpu" else 0', "2", IMPLEMENTATIONS),
