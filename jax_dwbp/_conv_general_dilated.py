@@ -31,10 +31,10 @@ def conv_general_dilated(
     """`jax.lax.conv_general_dilated`, with depthwise convolutions run by this package.
 
     Same signature, same results to rounding, same derivatives of every order and in both modes.
-    With one or two spatial dimensions and floating-point operands of one dtype, depthwise are
+    With one or two spatial dimensions and operands of one dtype, depthwise are
 
     - convolutions with `feature_group_count` groups of one input channel each;
-    - their transposes, with `lhs_dilation` and strides of 1;
+    - their transposes, with `lhs_dilation`; with strides as well, what is dilated takes memory;
     - their gradients by the filter, with `batch_group_count`.
 
     These run here, also if each group has up to 8 input or output channels, and without groups
@@ -43,6 +43,10 @@ def conv_general_dilated(
     goes to lax unchanged, and so does one with an empty operand, or with an explicit sharding of
     the channels or of the filter: `jax_dwbp.implementations` says why, and so does the name of its
     scope in a profile.
+
+    Integers run here where floating-point numbers hold each sum exactly: float32 those of 8 bits
+    and 1,024 terms, of unsigned ones 258; with 64-bit types float64 nearly all those of 16 bits.
+    As in lax's own, the result keeps the lowest bits of what is beyond its type.
 
     Padding may be negative, if it leaves something of an input without explicit sharding. On a CPU
     lax's own convolution reads out of bounds for some of that (openxla/xla issue 48713); this one

@@ -18,6 +18,9 @@ and window_strides are the dilation; without groups they are told from a convolu
 which is larger than the result. Where both I and J are more than 1, each group of an operand is
 read once for each input, or output, of the other. What `vmap` makes of any of these has more
 groups, and is one of these again.
+
+A dilated operand under strides is neither of the first two: it is made before, with its zeros.
+Integers are convolved as floats, where these hold every sum of theirs exactly.
 """
 
 import math
@@ -49,6 +52,7 @@ _GROUP_CHANNELS = 8
 # strides that leave windows much in common, it takes 3 to 100 times as long.
 _DENSE_CHANNELS = 16
 _DENSE_STRIDE = 2
+_FLOAT32 = jnp.dtype("float32")
 
 
 class Convolution(NamedTuple):
@@ -67,14 +71,18 @@ class Convolution(NamedTuple):
     dtypes: tuple[Any, Any, Any]  # of lhs, rhs and the result
 
     @property
+    def dilated(self) -> list[int]:
+        """Of lhs, with its zeros."""
+        return [(n - 1) * d + 1 for n, d in zip(self.lhs[2:], self.lhs_dilation, strict=True)]
+
+    @property
     def spatial(self) -> tuple[int, ...]:
         """Of the result."""
-        dilated = [(n - 1) * d + 1 for n, d in zip(self.lhs[2:], self.lhs_dilation, strict=True)]
         windows = [(k - 1) * d + 1 for k, d in zip(self.rhs[2:], self.rhs_dilation, strict=True)]
         return tuple(
             max(n + sum(pads) - window, -stride) // stride + 1
             for n, pads, window, stride in zip(
-                dilated, self.padding, windows, self.strides, strict=True
+                self.dilated, self.padding, windows, self.strides, strict=True
             )
         )
 
@@ -106,7 +114,10 @@ class Depthwise(NamedTuple):
     def apply(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         a, b = self._converted_operands(lhs, rhs)
         y = _rules.apply(a, b, op=self.op, spec=self.spec, forward_mode=True)
-        return _converted(self.result(y), self.dtype)
+        y = self.result(y)
+        if self.dtype.kind in "iu":  # where it is beyond the type, its lowest bits are the result
+            y = y.astype("int32" if y.dtype == _FLOAT32 else "int64")
+        return _converted(y, self.dtype)
 
     def op_operands(self, lhs: Any, rhs: Any) -> tuple[Any, Any]:
         """The shapes and dtypes of what the op takes."""
@@ -134,19 +145,33 @@ def op_of(conv: Convolution) -> Depthwise | str:
     is_matmul = 1 in (math.prod(conv.rhs[2:]), math.prod(conv.spatial))
     if groups == 1 and (is_matmul or max(conv.strides) > _DENSE_STRIDE):
         return f"without groups: a window of {conv.rhs[2:]}, strides of {conv.strides}"
-    name, steps = "window_strides", conv.strides
-    if by_filter:
-        name, steps = "rhs_dilation", conv.rhs_dilation
+    steps = conv.rhs_dilation if by_filter else conv.strides
     # Either will do where neither is more than 1: the one that repeats less.
     is_transposed = set(steps) == {1} and (set(conv.lhs_dilation) != {1} or inputs > outputs)
     if not is_transposed and set(conv.lhs_dilation) != {1}:
-        return f"lhs_dilation is {conv.lhs_dilation} and {name} {steps}"
+        return _of_dilated_lhs(conv)
     try:
         if by_filter:
             return _filter_grad(conv, inputs, outputs, is_transposed=is_transposed)
         return (_input_grad if is_transposed else _forward)(conv, inputs, outputs)
     except ValueError as error:  # sizes beyond what the ops take, another kind of precision
         return str(error)
+
+
+def _of_dilated_lhs(conv: Convolution) -> Depthwise | str:
+    """With lhs_dilation by zeros in memory."""
+    sizes = (*conv.lhs[:2], *conv.dilated)
+    found = op_of(conv._replace(lhs=sizes, lhs_dilation=(1,) * len(conv.dilated)))
+    if isinstance(found, str):
+        return found
+    config = [(0, 0, 0)] * len(conv.lhs)
+    for axis, dilation in zip(conv.numbers.lhs_spec[2:], conv.lhs_dilation, strict=True):
+        config[axis] = (0, 0, dilation - 1)
+
+    def operands(lhs: jax.Array, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return found.operands(lax.pad(lhs, jnp.zeros((), lhs.dtype), config), rhs)
+
+    return found._replace(operands=operands)
 
 
 def _is_by_filter(conv: Convolution) -> bool:
@@ -175,13 +200,25 @@ def _why_none(conv: Convolution) -> str | None:
         return "a size is symbolic"
     if 0 in conv.spatial:
         return "the output is empty"
-    dtypes = conv.dtypes
-    if (
-        dtypes[0] != dtypes[1]
-        or not {dtype.name for dtype in dtypes} <= set(DTYPES)
-        or dtypes[0].itemsize > dtypes[2].itemsize
-    ):
-        return f"dtypes are {', '.join(map(str, dtypes))}"
+    if _compute_dtype(conv) is None:
+        inexact = ", which floats do not sum exactly" * (conv.dtypes[0].kind in "iu")
+        return f"dtypes are {', '.join(map(str, conv.dtypes))}{inexact}"
+    return None
+
+
+def _compute_dtype(conv: Convolution) -> Any:
+    """What it is computed in, None where that is not what lax computes."""
+    lhs, rhs, result = conv.dtypes
+    if lhs != rhs:
+        return None
+    if {lhs.name, result.name} <= set(DTYPES) and lhs.itemsize <= result.itemsize:
+        return result if lhs == result else max(result, _FLOAT32, key=lambda x: x.itemsize)
+    if lhs.kind in "iu" and result.kind in "iu":
+        limits = jnp.iinfo(lhs)
+        largest = math.prod(conv.rhs[1:]) * max(-int(limits.min), int(limits.max)) ** 2
+        for dtype in (_FLOAT32, jax.dtypes.canonicalize_dtype("float64")):
+            if largest <= 2 ** (jnp.finfo(dtype).nmant + 1):
+                return dtype
     return None
 
 
@@ -219,7 +256,7 @@ def _forward(conv: Convolution, inputs: int, outputs: int) -> Depthwise | str:
     found = _op(FORWARD, spec, conv, operands, result)
     if inputs == 1 or found.compute_dtype.itemsize > 2:
         return found
-    return found._replace(compute_dtype=jnp.dtype("float32"))  # for the sum
+    return found._replace(compute_dtype=_FLOAT32)  # for the sum
 
 
 def _input_grad(conv: Convolution, inputs: int, outputs: int) -> Depthwise | str:
@@ -333,11 +370,8 @@ def _filter_grad(
 def _op(
     op: Op, spec: ConvSpec, conv: Convolution, operands: Callable, result: Callable
 ) -> Depthwise:
-    dtype, compute_dtype = conv.dtypes[2], conv.dtypes[2]
-    if dtype != conv.dtypes[0]:
-        compute_dtype = max(dtype, jnp.dtype("float32"), key=lambda dtype: dtype.itemsize)
     is_dense = conv.groups == conv.batch_groups == 1
-    return Depthwise(op, spec, operands, result, dtype, compute_dtype, is_dense)
+    return Depthwise(op, spec, operands, result, conv.dtypes[2], _compute_dtype(conv), is_dense)
 
 
 def _spec(

@@ -30,7 +30,7 @@ def conv(request):
 
 def sizes(rng):
     """Batch, channels, features, channels of a group, the two numbers of groups, and whether all of
-    its derivatives are depthwise too, if its steps allow it."""
+    its derivatives are depthwise too."""
     form = pick(rng, "depthwise", "depthwise", "one output", "groups", "batch", "batch", "dense")
     groups, many, batch = integer(rng, 2, 5), integer(rng, 1, 3), integer(rng, 1, 3)
     if form == "depthwise":
@@ -59,8 +59,6 @@ def draw(seed):
         if rng.random() < 0.4:
             lhs_dilation = tuple(pick(rng, 1, 2, 3) for _ in range(rank))
             strides = (1,) * rank if rng.random() < 0.7 else strides
-        steps = lhs_dilation if group == 1 else strides
-        is_ours = is_ours and (set(strides) == {1} or set(steps) == {1})
         # lax reads out of bounds for some pads outside of this range.
         reach = [(k - 1) * d for k, d in zip(window, rhs_dilation, strict=True)]
         if is_ours:
@@ -192,6 +190,58 @@ def taken(function, *args):
     return ["lax" if one.op == "conv_general_dilated" else one.op for one in found]
 
 
+@pytest.mark.parametrize(
+    ("form", "dtype", "result", "mapped"),
+    [
+        ("convolution", "int8", None, (None, None)),
+        ("groups", "uint8", "int32", (0, None)),
+        ("transpose", "int8", "int16", (None, 0)),
+        ("one channel", "int16", None, (0, 0)),
+        ("transpose", "int16", "int64", (None, None)),
+    ],
+)
+def test_integers(conv, form, dtype, result, mapped):
+    """Are exact; what is beyond the result's type loses its high bits, as by lax."""
+    lhs, rhs, options, _ = FORMS[form]
+    options = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": NHWC, **options}
+    limits, rng = jnp.iinfo(dtype), np.random.default_rng(0)
+    lhs, rhs = (
+        rng.integers(limits.min, limits.max, shape if m is None else (3, *shape), dtype, True)
+        for shape, m in zip((lhs, rhs), mapped, strict=True)
+    )
+    function = functools.partial(conv, **options, preferred_element_type=result)
+    if mapped != (None, None):
+        function = jax.vmap(function, mapped)
+    assert "lax" not in taken(function, lhs, rhs)
+    got = jax.jit(function)(lhs, rhs)
+
+    def exact(lhs, rhs):  # the products of NumPy's integers, in float64 exact below 2^53
+        exactly = functools.partial(lax.conv_general_dilated, **options)
+        return np.asarray(exactly(lhs.astype(np.float64), rhs.astype(np.float64)))
+
+    jax_dwbp.uninstall()
+    want = [
+        exact(*(x if m is None else x[i] for x, m in zip((lhs, rhs), mapped, strict=True)))
+        for i in range(3)
+    ]
+    want = want[0] if mapped == (None, None) else np.stack(want)
+    assert got.dtype == (result or dtype)
+    np.testing.assert_array_equal(got, want.astype(np.int64).astype(got.dtype))
+
+
+def test_integers_beyond_floats(conv):
+    """Are lax's."""
+    lhs, rhs, options, _ = FORMS["convolution"]
+    function = functools.partial(conv, **options, padding="SAME", dimension_numbers=NHWC)
+    int32, int16 = ([jnp.ones(shape, dtype) for shape in (lhs, rhs)] for dtype in ("i4", "i2"))
+    assert taken(function, *int32) == ["lax"]
+    with jax.enable_x64(False):
+        assert taken(function, *int16) == ["lax"]
+        long = jnp.ones((1, 33, 33, 4), "i1"), jnp.ones((33, 33, 1, 4), "i1")
+        assert taken(function, *long) == ["lax"]
+        assert "which floats do not sum exactly" in str(jax_dwbp.implementations(function, *long))
+
+
 NHWC = ("NHWC", "HWIO", "NHWC")
 FORMS = {
     # The shapes of lhs and rhs, options, and the ops of the result and of both gradients.
@@ -220,6 +270,17 @@ FORMS = {
         (4, 4, 1, 8),
         {"window_strides": (3, 3)},
         ["lax"] * 2 + ["input_grad"],
+    ),
+    "both dilations": (
+        (2, 5, 5, 4),
+        (4, 4, 1, 4),
+        {
+            "lhs_dilation": (2, 3),
+            "window_strides": (1, 2),
+            "padding": ((2, 1), (3, 2)),
+            "feature_group_count": 4,
+        },
+        ["forward", "forward", "filter_grad"],
     ),
     "pixels": ((2, 9, 9, 16), (1, 1, 16, 1), {}, ["lax"] * 3),
     "whole image": ((1, 5, 5, 3), (5, 5, 3, 9), {"padding": "VALID"}, ["lax"] * 3),
