@@ -1,6 +1,5 @@
 """The tables of other libraries' layers and networks."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +22,7 @@ def test_layers():
         pytest.importorskip(package)
     rows = table("layers", "nnx.Conv`, 1-D|one of none|ConvTranspose`$")
     assert len(rows) == 2
-    assert [(row["convolutions"], row["here"]) for row in rows] == [("3", "0"), ("3", "3")]
-    assert re.fullmatch("without groups: .*", rows[0]["why others are lax's"])
+    assert rows[0]["here"].startswith("0 of 3; without groups: ") and rows[1]["here"] == "3 of 3"
     assert all(float(row["installed"]) > 0 < float(row["lax"]) for row in rows)
 
 

@@ -28,9 +28,7 @@ def main(table: str, wanted: str = "") -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import jax_dwbp
 
-    header = ["", "convolutions", "here", "why others are lax's"]
-    if table != "graphs":
-        header += ["lax", "installed"]
+    header = ["", "here", *(["lax", "installed"] if table != "graphs" else [])]
     print("|", " | ".join(header), "|")
     print("|---" * len(header) + "|")
     for name, build in importlib.import_module(f"clients.{table}").rows():
@@ -50,7 +48,7 @@ def main(table: str, wanted: str = "") -> None:
 
 
 def counted(step: Callable, *operands: Any) -> list[str]:
-    """How many convolutions it has, how many run here, and why others don't."""
+    """How many of its convolutions run here, and why others don't."""
     import jax_dwbp
 
     selections = jax_dwbp.implementations(step, *operands)
@@ -58,7 +56,7 @@ def counted(step: Callable, *operands: Any) -> list[str]:
     reasons = {str(selection.reasons.get("jax_dwbp")) for selection in selections} - {"None"}
     if ours:  # then nobody asks about what is dense beside them
         reasons = {reason for reason in reasons if not reason.startswith(DENSE)}
-    return [f"{len(selections)}", f"{len(ours)}", "; ".join(sorted(reasons))]
+    return ["; ".join([f"{len(ours)} of {len(selections)}", *sorted(reasons)])]
 
 
 def compiled(step: Callable, *operands: Any) -> Any:

@@ -32,7 +32,9 @@ def _step(name: str) -> tuple[Any, ...]:
         return loss, tape.gradient(loss, weights)
 
     arrays = batch()
-    function, parameters = tf2jax.convert(step, *map(np.zeros_like, arrays))
+    function, parameters = tf2jax.convert(  # pyright: ignore[reportPrivateImportUsage]
+        step, *map(np.zeros_like, arrays)
+    )
     (loss, gradients), _ = jax.jit(function)(parameters, *arrays)
     # Of a network at its start in float32: it amplifies rounding.
     for got, want in zip(
