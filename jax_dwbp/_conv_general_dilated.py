@@ -34,7 +34,8 @@ def conv_general_dilated(
     With one or two spatial dimensions and operands of one dtype, depthwise are
 
     - convolutions with `feature_group_count` groups of one input channel each;
-    - their transposes, with `lhs_dilation`; with strides as well, what is dilated takes memory;
+    - their transposes, with `lhs_dilation`; with strides as well it is written out with its zeros,
+      if these make it at most 16 times as large;
     - their gradients by the filter, with `batch_group_count`.
 
     These run here, also if each group has up to 8 input or output channels, and without groups

@@ -53,6 +53,8 @@ _GROUP_CHANNELS = 8
 _DENSE_CHANNELS = 16
 _DENSE_STRIDE = 2
 _FLOAT32 = jnp.dtype("float32")
+# Under strides lhs_dilation is written out. Beyond so many times the elements it is lax's.
+_MOST_ZEROS = 16
 
 
 class Convolution(NamedTuple):
@@ -116,7 +118,7 @@ class Depthwise(NamedTuple):
         y = _rules.apply(a, b, op=self.op, spec=self.spec, forward_mode=True)
         y = self.result(y)
         if self.dtype.kind in "iu":  # where it is beyond the type, its lowest bits are the result
-            y = y.astype("int32" if y.dtype == _FLOAT32 else "int64")
+            y = jnp.round(y).astype("int32" if y.dtype == _FLOAT32 else "int64")
         return _converted(y, self.dtype)
 
     def op_operands(self, lhs: Any, rhs: Any) -> tuple[Any, Any]:
@@ -160,6 +162,8 @@ def op_of(conv: Convolution) -> Depthwise | str:
 
 def _of_dilated_lhs(conv: Convolution) -> Depthwise | str:
     """With lhs_dilation by zeros in memory."""
+    if math.prod(conv.dilated) > _MOST_ZEROS * math.prod(conv.lhs[2:]):
+        return f"lhs_dilation is {conv.lhs_dilation}, under strides of {conv.strides}"
     sizes = (*conv.lhs[:2], *conv.dilated)
     found = op_of(conv._replace(lhs=sizes, lhs_dilation=(1,) * len(conv.dilated)))
     if isinstance(found, str):
@@ -201,9 +205,16 @@ def _why_none(conv: Convolution) -> str | None:
     if 0 in conv.spatial:
         return "the output is empty"
     if _compute_dtype(conv) is None:
-        inexact = ", which floats do not sum exactly" * (conv.dtypes[0].kind in "iu")
+        inexact = ", which floats do not sum exactly" * _are_integers(conv)
         return f"dtypes are {', '.join(map(str, conv.dtypes))}{inexact}"
     return None
+
+
+def _are_integers(conv: Convolution) -> bool:
+    """Of which lax makes integers: not narrower ones, nor unsigned ones of signed ones."""
+    lhs, rhs, result = conv.dtypes
+    kinds = lhs.kind + result.kind
+    return lhs == rhs and kinds in ("ii", "uu", "ui") and lhs.itemsize <= result.itemsize
 
 
 def _compute_dtype(conv: Convolution) -> Any:
@@ -213,7 +224,7 @@ def _compute_dtype(conv: Convolution) -> Any:
         return None
     if {lhs.name, result.name} <= set(DTYPES) and lhs.itemsize <= result.itemsize:
         return result if lhs == result else max(result, _FLOAT32, key=lambda x: x.itemsize)
-    if lhs.kind in "iu" and result.kind in "iu":
+    if _are_integers(conv) and _are_static(*conv.rhs[1:]):
         limits = jnp.iinfo(lhs)
         largest = math.prod(conv.rhs[1:]) * max(-int(limits.min), int(limits.max)) ** 2
         for dtype in (_FLOAT32, jax.dtypes.canonicalize_dtype("float64")):

@@ -65,6 +65,17 @@ def _selu_gradient(dy: jax.Array, y: jax.Array) -> jax.Array:
     return dy * jnp.where(y < 0, y + _SELU_SCALE * _SELU_ALPHA, _SELU_SCALE)
 
 
+def _by_result(gradient: Callable) -> Callable:
+    """Of dy and of y, of which TensorFlow takes the conjugate, and nothing where dy is 0."""
+
+    def run(y: jax.Array, dy: jax.Array) -> jax.Array:
+        is_zero = dy == 0
+        y = jnp.where(is_zero, jnp.ones_like(y), jnp.conj(y))  # so that derivatives are finite too
+        return jnp.where(is_zero, jnp.zeros_like(dy), gradient(y, dy))
+
+    return run
+
+
 def _leaky_relu_gradient(proto: Any) -> Callable:
     alpha = proto.attr["alpha"].f
     return lambda dy, x: jnp.where(x > 0, dy, alpha * dy)
@@ -72,17 +83,17 @@ def _leaky_relu_gradient(proto: Any) -> Callable:
 
 _ELEMENTWISE: dict[str, Callable] = {
     "EluGrad": _elu_gradient,
-    "ReciprocalGrad": lambda y, dy: -dy * y * y,
+    "ReciprocalGrad": _by_result(lambda y, dy: -dy * y * y),
     "Relu6Grad": functools.partial(_relu_gradient, upper=6.0),
     "ReluGrad": _relu_gradient,
-    "RsqrtGrad": lambda y, dy: -0.5 * dy * y**3,
+    "RsqrtGrad": _by_result(lambda y, dy: -0.5 * dy * y**3),
     "Selu": jax.nn.selu,
     "SeluGrad": _selu_gradient,
     "SigmoidGrad": lambda y, dy: dy * y * (1 - y),
     "SoftplusGrad": lambda dy, x: dy * jax.nn.sigmoid(x),
     "Softsign": jax.nn.soft_sign,
     "SoftsignGrad": lambda dy, x: dy / (1 + jnp.abs(x)) ** 2,
-    "SqrtGrad": lambda y, dy: 0.5 * dy / y,
+    "SqrtGrad": _by_result(lambda y, dy: 0.5 * dy / y),
     "TanhGrad": lambda y, dy: dy * (1 - y * y),
 }
 
@@ -99,7 +110,8 @@ def _bias_gradient(proto: Any) -> Callable:
 
     def run(dy: jax.Array) -> jax.Array:
         channels = 1 if channels_first else dy.ndim - 1
-        return jnp.sum(dy, [axis for axis in range(dy.ndim) if axis != channels])
+        others = [axis for axis in range(dy.ndim) if axis != channels]
+        return jnp.sum(dy, others, dtype=dy.dtype)
 
     return run
 
@@ -138,8 +150,9 @@ def _concat_offset(axis: Any, *shapes: Any) -> list[np.ndarray]:
 
 
 def _normalization_axes(proto: Any) -> tuple[tuple[int, ...], float]:
-    channels_first = proto.attr["data_format"].s == b"NCHW"
-    return (0, 2, 3) if channels_first else (0, 1, 2), proto.attr["epsilon"].f
+    """All but that of the channels, of four or five; and epsilon."""
+    layout = proto.attr["data_format"].s.decode()
+    return tuple(i for i, axis in enumerate(layout) if axis != "C"), proto.attr["epsilon"].f
 
 
 def _normalization(proto: Any, results: int) -> Callable:
@@ -241,7 +254,7 @@ def _resize(proto: Any) -> Callable:
             for axis, out in zip((1, 2), size, strict=True)
         )
         # TensorFlow's is float32 whatever it is given.
-        return jnp.einsum("nhwc,ph,qw->npqc", images.astype("float32"), rows, columns)
+        return _einsum("nhwc,ph,qw->npqc", images.astype("float32"), rows, columns)
 
     return run
 
@@ -251,9 +264,12 @@ def _resize_gradient(proto: Any) -> Callable:
         rows, columns = (
             _interpolation(dy.shape[axis], images.shape[axis], proto) for axis in (1, 2)
         )
-        return jnp.einsum("npqc,ph,qw->nhwc", dy, rows, columns).astype(images.dtype)
+        return _einsum("npqc,ph,qw->nhwc", dy, rows, columns).astype(images.dtype)
 
     return run
+
+
+_einsum = functools.partial(jnp.einsum, precision="highest")
 
 
 def _interpolation(out: int, size: int, proto: Any) -> np.ndarray:

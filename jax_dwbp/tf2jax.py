@@ -7,6 +7,7 @@ and runs the ops of this package. It needs tf2jax and TensorFlow, which are not 
 
 import functools
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +57,7 @@ def register() -> None:
     table.update(better)
     for name, parser in lacking.items():
         table.setdefault(name, parser)
-    if not hasattr(extract, "__wrapped__"):
+    if not hasattr(extract, "looks_for_gradients"):
         graphs.__dict__["_extract_subgraphs"] = _but_of_training_steps(extract)
 
 
@@ -65,11 +66,10 @@ def _but_of_training_steps(extract: Callable) -> Callable:
 
     @functools.wraps(extract)
     def subgraphs(graph: Any, nodes: Any, library: Any) -> dict[str, Any]:
-        has_gradients = any(
-            "Backprop" in node.op or node.op.endswith("Grad") for node in graph.node
-        )
+        has_gradients = any(re.search(r"Backprop|Grad(V\d+)?$", node.op) for node in graph.node)
         return {} if has_gradients else extract(graph, nodes, library)
 
+    subgraphs.looks_for_gradients = True  # pyright: ignore[reportAttributeAccessIssue]
     return subgraphs
 
 
@@ -126,6 +126,8 @@ def _dense(function: Callable) -> Callable[[Any], Callable]:
 
 
 def _dense_backprop_input(convolve: Callable, sizes: Any, f: Any, dy: jax.Array) -> jax.Array:
+    if len(sizes) != 4:
+        raise ValueError(f"`input_sizes` of Conv2DBackpropInput must have 4 entries, got {sizes}")
     x = jax.ShapeDtypeStruct(tuple(map(int, sizes)), dy.dtype)
     return jax.linear_transpose(lambda x: convolve(x, f), x)(dy)[0]
 

@@ -4,6 +4,7 @@ import functools
 import math
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -240,6 +241,42 @@ def test_integers_beyond_floats(conv):
         long = jnp.ones((1, 33, 33, 4), "i1"), jnp.ones((33, 33, 1, 4), "i1")
         assert taken(function, *long) == ["lax"]
         assert "which floats do not sum exactly" in str(jax_dwbp.implementations(function, *long))
+
+
+@pytest.mark.parametrize(("dtype", "result"), [("i2", "i1"), ("i1", "u1"), ("i1", "u4")])
+def test_results_that_lax_refuses(conv, dtype, result):
+    x, f = (jnp.ones(shape, dtype) for shape in ((1, 2, 5, 5), (2, 1, 3, 3)))
+    with pytest.raises(TypeError, match="preferred_element_type"):
+        conv(x, f, (1, 1), "SAME", feature_group_count=2, preferred_element_type=result)
+
+
+def test_zeros_that_would_fill_the_memory(conv):
+    """Lhs is written out where it is dilated under strides, unless that is many times as much."""
+
+    shapes = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((1, 2, 40, 40), (2, 1, 3, 3))]
+
+    def found(dilation):
+        pads = functools.partial(
+            conv,
+            window_strides=(3, 3),
+            padding=((0, 0), (0, 0)),
+            lhs_dilation=(dilation,) * 2,
+            feature_group_count=2,
+        )
+        return taken(pads, *shapes)
+
+    assert found(4) == ["forward"] and found(5) == ["lax"]
+
+
+def test_symbolic_batch_of_integers(conv):
+    """As channels of a group, where the number of terms is not known."""
+    [batch] = jax.export.symbolic_shape("b")
+    shapes = [jax.ShapeDtypeStruct((4, batch, size, size), "int8") for size in (9, 3)]
+    function = functools.partial(
+        conv, window_strides=(1, 1), padding=((0, 0), (0, 0)), batch_group_count=4
+    )
+    exported = jax.export.export(jax.jit(function))(*shapes)
+    assert exported.out_avals[0].shape == (1, 4, 7, 7)
 
 
 NHWC = ("NHWC", "HWIO", "NHWC")

@@ -80,6 +80,19 @@ def test_activation(name):
     check(gradient(ACTIVATIONS[name]), x, normal(100, seed=1, dtype="float64"), rtol=1e-12)
 
 
+@pytest.mark.parametrize("op", [raw.SqrtGrad, raw.RsqrtGrad, raw.ReciprocalGrad])
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_gradient_by_result(op, dtype):
+    """At infinite slopes, where nothing comes back; and of complex numbers."""
+    y = np.array([0, 0, np.inf, 2, 1.5, 0.5] * 3, np.float32)
+    dy = np.array([0, 0, 0, 1, -2, 3] * 3, np.float32)
+    if dtype == "complex64":
+        y, dy = np.where(y < 9, y, 1) * np.complex64(1 - 0.5j), dy * np.complex64(1 + 2j)
+    function = tf.function(lambda y, dy: op(y=y, dy=dy), autograph=False)
+    got = jax.jit(tf2jax.convert_functional(function, y, dy))(y, dy)
+    np.testing.assert_allclose(got, function(y, dy), rtol=1e-6)
+
+
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 @pytest.mark.parametrize(("size", "stride"), [((3, 3), (2, 2)), ((2, 3), (1, 2)), ((2, 2), (3, 3))])
 @pytest.mark.parametrize("pool", [tf.nn.max_pool2d, tf.nn.avg_pool2d], ids=["max", "avg"])
@@ -122,6 +135,26 @@ def test_normalization(version, dtype, is_training, factor):
     check(run, *arrays, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("data_format", ["NCHW", "NDHWC", "NCDHW"])
+def test_layouts_of_normalization(data_format):
+    x = normal(*({"N": 2, "C": 3}.get(axis, 4) for axis in data_format))
+    scale, offset, nothing = 1 + normal(3, seed=1), normal(3, seed=2), np.zeros(0, np.float32)
+    options = {"data_format": data_format, "epsilon": 1e-2, "is_training": True}
+
+    def run(x, scale, offset, mean, variance, dy):
+        y, mean, variance, *reserved = raw.FusedBatchNormV3(
+            x=x, scale=scale, offset=offset, mean=mean, variance=variance, **options
+        )
+        names = (f"reserve_space_{i}" for i in (1, 2, 3))
+        gradients = raw.FusedBatchNormGradV3(
+            y_backprop=dy, x=x, scale=scale, **dict(zip(names, reserved, strict=True)), **options
+        )
+        return y, mean, variance, *gradients[:3]
+
+    arrays = (x, scale, offset, nothing, nothing, normal(*x.shape, seed=3))
+    check(run, *arrays, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("mode", ["REFLECT", "SYMMETRIC"])
 def test_mirror_pad(mode):
     x, pads = normal(2, 5, 6), [(0, 0), (2, 3), (4, 0)]
@@ -162,6 +195,20 @@ def test_resize_bilinear(align_corners, half, size, dtype):
     check(run, normal(2, 5, 6, 3, dtype=dtype), normal(2, *size, 3, seed=1))
 
 
+def test_resizing_is_precise():
+    """On accelerators too, which multiply in fewer bits by default."""
+    x = normal(1, 2, 2, 1)
+
+    def run(x):
+        options = {"align_corners": False, "half_pixel_centers": False}
+        y = raw.ResizeBilinear(images=x, size=(5, 5), **options)
+        return raw.ResizeBilinearGrad(grads=y, original_image=x, **options)
+
+    converted = tf2jax.convert_functional(tf.function(run, autograph=False), x)
+    text = jax.jit(converted).lower(x).as_text()
+    assert text.count("dot_general") == text.count("precision = [HIGHEST, HIGHEST]") > 0
+
+
 @pytest.mark.parametrize(
     "index",
     [
@@ -198,6 +245,10 @@ def test_bias_gradient(data_format, others):
     )
     got = tf2jax.convert_functional(function, np.zeros_like(dy))(dy)
     np.testing.assert_allclose(got, dy.sum(others), rtol=1e-12)
+    small = np.full((2, 3, 4, 5), 9, np.int8)
+    got = tf2jax.convert_functional(function, small)(small)
+    assert got.dtype == "int8"
+    np.testing.assert_array_equal(got, function(small) if data_format == "NHWC" else got)
 
 
 def test_cross_entropy():

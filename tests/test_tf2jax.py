@@ -190,6 +190,30 @@ def test_custom_gradients():
     np.testing.assert_allclose(got, 3 * (1 - np.tanh(0.25) ** 2), rtol=1e-6)
 
 
+def test_custom_gradients_around_a_normalization():
+    """Whose gradient is the only one in the graph with an op of its own."""
+
+    @tf.custom_gradient
+    def tripled(x):
+        return x * x, lambda dy: 3.0 * dy
+
+    def gradient(x, scale):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = tripled(tripled(x))
+            y = tf.raw_ops.FusedBatchNormV3(
+                x=y, scale=scale, offset=scale, mean=[], variance=[], is_training=True
+            )
+            y = tripled(tripled(y[0]))
+        return tape.gradient(y, x, output_gradients=x)
+
+    gradient = tf.function(gradient, autograph=False)
+    x = np.random.default_rng(0).normal(size=(2, 3, 3, 4)).astype(np.float32)
+    arrays = x, np.ones(4, np.float32)
+    got = jax.jit(tf2jax.convert_functional(gradient, *arrays))(*arrays)
+    np.testing.assert_allclose(got, gradient(*arrays), rtol=1e-3, atol=1e-3)
+
+
 def test_explicit_padding_of_conv2d():
     """Which tf2jax's own refuses."""
     x, f = (np.random.default_rng(0).normal(size=size) for size in ((2, 7, 8, 6), (3, 3, 2, 9)))
