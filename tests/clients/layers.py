@@ -1,6 +1,7 @@
 """Layers of Flax, Equinox, Haiku and Keras with 64 channels, and functions that convolve."""
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -151,7 +152,7 @@ def _functions() -> Iterator[tuple[str, Any, Callable]]:
 
     yield "`vmap` of `lax.conv`, a filter each", (64, 64, 64), filters
     if importlib.util.find_spec("dm_pix"):
-        import dm_pix
+        dm_pix = importlib.import_module("dm_pix")
 
         def blur(x: jax.Array) -> tuple[Callable, Any]:
             return lambda _, x: dm_pix.gaussian_blur(x, 2.0, 11), ()
