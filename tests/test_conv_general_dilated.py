@@ -120,8 +120,8 @@ def test_integers_of_numpy(options):
     ("options", "reason"),
     [
         (
-            {"lhs_dilation": (2, 1), "padding": ((1, 1), (1, 0)), "window_strides": (1, 2)},
-            "lhs_dilation is (2, 1) and window_strides (1, 2)",
+            {"lhs_dilation": (40, 1), "padding": ((1, 1), (1, 0)), "window_strides": (1, 2)},
+            "lhs_dilation is (40, 1), under strides of (1, 2)",
         ),
         ({"padding": ((-7, 3), (0, 0))}, "negative padding leaves nothing"),
         ({"padding": ((0, 0), (-3, -2))}, "the output is empty"),
