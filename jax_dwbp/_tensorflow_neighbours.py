@@ -116,6 +116,12 @@ def _bias_gradient(proto: Any) -> Callable:
     return run
 
 
+def transposed(function: Callable, shape: Any, dy: jax.Array) -> jax.Array:
+    """The gradient by x, of that shape, of function(x), which is linear."""
+    x = jax.ShapeDtypeStruct(tuple(map(int, shape)), dy.dtype)
+    return jax.linear_transpose(function, x)(dy)[0]
+
+
 def _transpose_of(forward: Parser) -> Parser:
     """Of what is linear in its first operand: its shape is the gradient's first, dy the last."""
 
@@ -124,8 +130,7 @@ def _transpose_of(forward: Parser) -> Parser:
 
         def run(shape: Any, *operands: Any) -> jax.Array:
             *others, dy = operands
-            x = jax.ShapeDtypeStruct(tuple(map(int, shape)), dy.dtype)
-            return jax.linear_transpose(lambda x: function(x, *others), x)(dy)[0]
+            return transposed(lambda x: function(x, *others), shape, dy)
 
         return run
 
@@ -151,7 +156,7 @@ def _concat_offset(axis: Any, *shapes: Any) -> list[np.ndarray]:
 
 def _normalization_axes(proto: Any) -> tuple[tuple[int, ...], float]:
     """All but that of the channels, of four or five; and epsilon."""
-    layout = proto.attr["data_format"].s.decode()
+    layout = proto.attr["data_format"].s.decode() or "NHWC"
     return tuple(i for i, axis in enumerate(layout) if axis != "C"), proto.attr["epsilon"].f
 
 
@@ -241,8 +246,7 @@ def _mirror_pad_gradient(proto: Any) -> Callable:
 
     def run(dy: jax.Array, pads: Any) -> jax.Array:
         sizes = np.array(dy.shape) - np.asarray(pads).sum(1)
-        x = jax.ShapeDtypeStruct(tuple(map(int, sizes)), dy.dtype)
-        return jax.linear_transpose(lambda x: function(x, pads), x)(dy)[0]
+        return transposed(lambda x: function(x, pads), sizes, dy)
 
     return run
 

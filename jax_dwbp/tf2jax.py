@@ -128,13 +128,11 @@ def _dense(function: Callable) -> Callable[[Any], Callable]:
 def _dense_backprop_input(convolve: Callable, sizes: Any, f: Any, dy: jax.Array) -> jax.Array:
     if len(sizes) != 4:
         raise ValueError(f"`input_sizes` of Conv2DBackpropInput must have 4 entries, got {sizes}")
-    x = jax.ShapeDtypeStruct(tuple(map(int, sizes)), dy.dtype)
-    return jax.linear_transpose(lambda x: convolve(x, f), x)(dy)[0]
+    return _tensorflow_neighbours.transposed(lambda x: convolve(x, f), sizes, dy)
 
 
 def _dense_backprop_filter(convolve: Callable, x: Any, sizes: Any, dy: jax.Array) -> jax.Array:
-    f = jax.ShapeDtypeStruct(tuple(map(int, sizes)), dy.dtype)
-    return jax.linear_transpose(lambda f: convolve(x, f), f)(dy)[0]
+    return _tensorflow_neighbours.transposed(lambda f: convolve(x, f), sizes, dy)
 
 
 _OPS = {

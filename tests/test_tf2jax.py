@@ -166,13 +166,14 @@ def test_dilated_dense_gradients():
         np.testing.assert_allclose(g, w, rtol=1e-12, atol=1e-12)
 
 
+@tf.custom_gradient
+def tripled(x):
+    return x * x, lambda dy: 3.0 * dy
+
+
 def test_custom_gradients():
     """Of a forward graph they are converted, as without `register`, however often that was called;
     in one that has gradients they stand already."""
-
-    @tf.custom_gradient
-    def tripled(x):
-        return x * x, lambda dy: 3.0 * dy
 
     def gradient(x):
         with tf.GradientTape() as tape:
@@ -192,10 +193,6 @@ def test_custom_gradients():
 
 def test_custom_gradients_around_a_normalization():
     """Whose gradient is the only one in the graph with an op of its own."""
-
-    @tf.custom_gradient
-    def tripled(x):
-        return x * x, lambda dy: 3.0 * dy
 
     def gradient(x, scale):
         with tf.GradientTape() as tape:
