@@ -22,7 +22,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Programs, not modules with doctests.
-collect_ignore = ["tensorflow_suite.py", "two_processes.py", "keras_on_jax.py"]
+collect_ignore = ["clients", "tensorflow_suite.py", "two_processes.py", "keras_on_jax.py"]
 # They compile for what is not here, by compilers of hundreds of megabytes.
 for _compiler, _test in (
     ("jax_cuda13_plugin", "test_pallas_gpu_ptx.py"),
