@@ -131,7 +131,7 @@ INLINE void PackPlanes(const ChannelCopy& copy, const PackedColumns& columns, in
     const int64_t lanes = Min(kLanes<T>, copy.channels - block * kLanes<T>);
     T* to = reinterpret_cast<T*>(copy.lines + phase * columns.width + plane * copy.plane);
     for (int64_t l = 0; l < kLanes<T>; ++l) {
-      const int64_t depth = ((block * kLanes<T> + l) * copy.multiplier + m) * copy.depth_step;
+      const int64_t depth = ((block * kLanes<T> + l) * copy.multiplier + m) * copy.channel_step;
       const S* values = static_cast<const S*>(copy.data) + column * copy.column_step + depth;
       for (int64_t p = span.begin; p < span.end; ++p, values += step) {
         if (l < lanes) {
@@ -150,7 +150,7 @@ void Pack(const ChannelCopy& copy, const PackedColumns& columns) {
   constexpr int64_t kPhases = 8;
   const int64_t planes = (copy.channels + kLanes<T> - 1) / kLanes<T> * copy.multiplier;
 #if defined(__AVX512F__)
-  const bool by_vectors = copy.depth_step != 1 && copy.column_step == 1 &&
+  const bool by_vectors = copy.channel_step != 1 && copy.column_step == 1 &&
                           columns.stride <= kMostStride && columns.size > kFewColumns;
 #else
   constexpr bool by_vectors = false;
@@ -168,9 +168,9 @@ void Pack(const ChannelCopy& copy, const PackedColumns& columns) {
         __builtin_memset(line, 0, span.begin * sizeof(Line));
         __builtin_memset(line + span.end, 0, (columns.width - span.end) * sizeof(Line));
       }
-      if (copy.depth_step != 1 && !by_vectors) PackPlanes<S>(copy, columns, phase + i, span);
+      if (copy.channel_step != 1 && !by_vectors) PackPlanes<S>(copy, columns, phase + i, span);
     }
-    if (copy.depth_step == 1) PackColumns<S>(copy, columns, phase, spans, count);
+    if (copy.channel_step == 1) PackColumns<S>(copy, columns, phase, spans, count);
   }
 #if defined(__AVX512F__)
   if (by_vectors) PackPlanesByVectors<S>(copy, columns);
@@ -209,8 +209,8 @@ void Emit(const ChannelCopy& copy, int64_t columns) {
   for (int64_t b = 0; b * kLanes<T> < copy.channels; ++b) {
     const int64_t lanes = Min(kLanes<T>, copy.channels - b * kLanes<T>);
     const T* from = reinterpret_cast<const T*>(copy.lines + b * copy.multiplier * copy.plane);
-    S* to = static_cast<S*>(copy.data) + b * kLanes<T> * copy.multiplier * copy.depth_step;
-    if (copy.depth_step == 1) {
+    S* to = static_cast<S*>(copy.data) + b * kLanes<T> * copy.multiplier * copy.channel_step;
+    if (copy.channel_step == 1) {
       for (int64_t t = 0; t < columns; ++t, from += kLanes<T>, to += copy.column_step) {
         switch (copy.multiplier) {
           case 1:
@@ -235,7 +235,7 @@ void Emit(const ChannelCopy& copy, int64_t columns) {
     if (copy.column_step <= 2 && columns > kFewColumns) {
       for (int64_t m = 0; m < copy.multiplier; ++m) {
         EmitPlanesByVectors<S>(from + m * copy.plane * kLanes<T>, lanes, columns,
-                               to + m * copy.depth_step, copy.multiplier * copy.depth_step,
+                               to + m * copy.channel_step, copy.multiplier * copy.channel_step,
                                copy.column_step);
       }
       continue;
@@ -243,7 +243,7 @@ void Emit(const ChannelCopy& copy, int64_t columns) {
 #endif
     for (int64_t l = 0; l < lanes; ++l) {
       for (int64_t m = 0; m < copy.multiplier; ++m) {
-        S* values = to + (l * copy.multiplier + m) * copy.depth_step;
+        S* values = to + (l * copy.multiplier + m) * copy.channel_step;
         const T* lane = from + m * copy.plane * kLanes<T> + l;
         for (int64_t t = 0; t < columns; ++t) {
           Convert(lane[t * kLanes<T>], values[t * copy.column_step]);

@@ -74,7 +74,7 @@ INLINE void PackPlanesByVectors(const ChannelCopy& copy, const PackedColumns& co
   for (int64_t i = 0; i < columns.phase_count; ++i) places[columns.phases[i]] = i * columns.width;
   const int64_t begin = Max(0, columns.stride * columns.first);
   const int64_t end = Min(columns.size, columns.stride * (columns.first + columns.width));
-  const int64_t step = copy.multiplier * copy.depth_step;
+  const int64_t step = copy.multiplier * copy.channel_step;
   int64_t phase = begin % columns.stride, line = begin / columns.stride - columns.first;
   Line unused;
   for (int64_t column = begin; column < end; column += kCount) {
@@ -86,7 +86,7 @@ INLINE void PackPlanesByVectors(const ChannelCopy& copy, const PackedColumns& co
     for (int64_t plane = 0; plane < planes; ++plane) {
       const int64_t block = plane / copy.multiplier, m = plane % copy.multiplier;
       const int64_t lanes = Min(kCount, copy.channels - block * kCount);
-      const int64_t depth = (block * kCount * copy.multiplier + m) * copy.depth_step;
+      const int64_t depth = (block * kCount * copy.multiplier + m) * copy.channel_step;
       const S* const from = static_cast<const S*>(copy.data) + depth + column;
       decltype(LoadWidened(from, 0)) rows[kCount];
       UNROLL for (int l = 0; l < kCount; ++l) {

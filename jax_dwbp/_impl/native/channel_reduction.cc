@@ -1,8 +1,9 @@
 // The filter gradient by channels.
 //
-// Each tap has a sum over all rows of all images. A task takes a part of the rows and a few blocks of
-// channels. For each row of dy it lists the rows of the input that taps meet (channel_ring.h), and the
-// vector code (kernels.h) adds up the products of both. The parts are added afterwards, pairwise.
+// Each tap has a sum over all rows of all slices of all images. A task takes a part of the rows and a
+// few blocks of channels. For each row of dy it lists the rows of the input that taps meet
+// (channel_ring.h), and the vector code (kernels.h) adds up the products of both. The parts are added
+// afterwards, pairwise.
 
 #include "channel_ring.h"
 #include "channel_schedule.h"
@@ -30,7 +31,7 @@ struct ChannelSumPlan {
   bool dy_in_place;
   int64_t multiplier, blocks;
   int64_t sum_plane, dy_plane;     // lines from one multiple to the next
-  int64_t dy_rows, rows;           // of an image, and of all of a problem
+  int64_t dy_rows, rows;           // of a slice, and of all of a problem
   int64_t task_blocks, chunks;     // of channels
   bool fetches_ahead, fetches_dy;  // what is read next, which lies side by side
   int64_t part_lines, parts;       // of the rows: what the sums of one take, and how many
@@ -46,7 +47,7 @@ struct ChannelSumPlan {
         sum_plane(Odd(call.Taps())),
         dy_plane(Odd(read.tile)),
         dy_rows(call.rows.Count()),
-        rows(call.sizes.batch * dy_rows) {
+        rows(call.sizes.batch * call.depth.out * dy_rows) {
     const int64_t problems = call.sizes.problems;
     const int64_t row_parts = std::max<int64_t>(CeilDiv(rows, 4 * (call.rows.Span() + 1)), 1);
     const bool have_lines = HasLines(call, call.in, 1) && HasLines(call, call.out, multiplier);
@@ -94,6 +95,7 @@ struct SumTask {
   int64_t filter, part, problem;
   Chunk chunk;
   Reader reader;
+  const char* dy_slice = nullptr;  // from the first channel of the chunk and column of the tile on
   Line *packed_dy, *sum, *total;
   int64_t sum_lines;
   int64_t rows_summed = 0;
@@ -133,29 +135,40 @@ struct SumTask {
         tap.end = std::clamp(tap.end, tap.begin, columns);
       }
     }
-    int64_t held_image = -1;
+    int64_t held_slice = -1;
     const int64_t end = (part + 1) * plan.rows / plan.parts;
     for (int64_t i = part * plan.rows / plan.parts; i < end; ++i) {
-      const int64_t image = problem * call.sizes.batch + i / plan.dy_rows;
-      if (std::exchange(held_image, image) != image) reader.Clear();
-      AddRow(image, i % plan.dy_rows);
+      const int64_t slice = i / plan.dy_rows;
+      if (std::exchange(held_slice, slice) != slice) BeginSlice(slice);
+      AddRow(i % plan.dy_rows);
     }
   }
 
-  // Adds what row t of dy gives.
-  void AddRow(int64_t image, int64_t t) {
+  // What comes next is of that slice, of all that the problem has.
+  void BeginSlice(int64_t slice) {
     const Tensor &in = call.in, &dy = call.out;
     const int64_t element = call.kernels.element_size, first = chunk.first_channel;
-    reader.image = in.data + (image * in.image + first * in.depth) * element;
-    const char* const dy_row = dy.data + (image * dy.image + t * dy.row + reader.start * dy.column +
-                                          first * plan.multiplier * dy.depth) *
-                                             element;
+    const int64_t image = problem * call.sizes.batch + slice / call.depth.out;
+    slice %= call.depth.out;
+    reader.BeginSlice(in.data + (image * in.image + first * in.channel) * element, slice);
+    dy_slice = dy.data + (image * dy.image + slice * dy.slice + reader.start * dy.column +
+                          first * plan.multiplier * dy.channel) *
+                             element;
+  }
+
+  // Adds what row t of dy gives.
+  void AddRow(int64_t t) {
+    const char* const dy_row = dy_slice + t * call.out.row * call.kernels.element_size;
+    const int64_t slices = scratch.met.size();
     scratch.rows.clear();
     scratch.sums.clear();
-    for (const AxisTap& tap : call.rows.taps) {
-      if (!tap.Meets(t)) continue;
-      scratch.rows.push_back(reader.Row(tap, t));
-      scratch.sums.push_back(sum + tap.k * call.sizes.kernel_columns);
+    for (int64_t i = 0; i < slices; ++i) {
+      Line* const first = sum + scratch.met[i].k * call.sizes.SliceTaps();
+      for (const AxisTap& tap : call.rows.taps) {
+        if (!tap.Meets(t)) continue;
+        scratch.rows.push_back(reader.Row(i, tap, t));
+        scratch.sums.push_back(first + tap.k * call.sizes.kernel_columns);
+      }
     }
     if (scratch.sums.empty()) return;
     const Ahead ahead = plan.fetches_ahead ? reader.Next(1) : Ahead{};
@@ -173,7 +186,7 @@ struct SumTask {
     const Tensor& dy = call.out;
     const int64_t element = call.kernels.element_size, line = sizeof(Line);
     const bool in_place = plan.dy_in_place && blocks.are_whole, is_first = blocks.channel == 0;
-    const char* from = dy_row + blocks.channel * plan.multiplier * dy.depth * element;
+    const char* from = dy_row + blocks.channel * plan.multiplier * dy.channel * element;
     const Ahead dy_ahead{.data = from + dy.row * element,
                          .rows = in_place && plan.fetches_dy && is_first && !is_last};
     if (!in_place) {
@@ -183,7 +196,7 @@ struct SumTask {
                                         .channels = blocks.channels,
                                         .multiplier = plan.multiplier,
                                         .column_step = dy.column,
-                                        .depth_step = dy.depth,
+                                        .channel_step = dy.channel,
                                         .ahead = dy.row},
                                        {.width = columns, .size = columns});
       from = reinterpret_cast<const char*>(packed_dy);
@@ -238,7 +251,7 @@ void Join(const ChannelSumPlan& plan, int64_t filter, Line* sums) {
                                       .channels = blocks.channels,
                                       .multiplier = plan.multiplier,
                                       .column_step = call.sizes.channels * plan.multiplier,
-                                      .depth_step = 1},
+                                      .channel_step = 1},
                                      call.Taps());
   }
 }

@@ -1,7 +1,8 @@
 // What is packed where in a ring, and what each tap reads of it or of the caller's array.
 //
-// A task takes the rows of one image one after the other. It packs the rows that the filter meets to a
-// ring of rows, each once, and writes out a row at a time: what it works on stays in the cache.
+// A task takes the rows of a slice of one image one after the other. It packs the rows that the filter
+// meets to a ring of rows, each once, and writes out a row at a time: what it works on stays in the
+// cache.
 
 #include "channel_ring.h"
 
@@ -21,7 +22,7 @@ constexpr int64_t kAheadColumns = 32;
 }  // namespace
 
 bool HasLines(const ChannelCall& call, const Tensor& tensor, int64_t multiplier) {
-  return multiplier == 1 && tensor.depth == 1 && call.sizes.channels >= call.kernels.lanes;
+  return multiplier == 1 && tensor.channel == 1 && call.sizes.channels >= call.kernels.lanes;
 }
 bool IsLines(const ChannelCall& call, const Tensor& tensor, int64_t multiplier) {
   return HasLines(call, tensor, multiplier) && call.kernels.channel_lanes->convolve_in_place;
@@ -53,7 +54,9 @@ ReadPlan::ReadPlan(const ChannelCall& call, bool in_place, int64_t most_columns)
   const Axis &rows = call.rows, &columns = call.columns;
   const int64_t read_columns = columns.ReadCount();
   slots = std::min(rows.Span() + call.kernels.channel_lanes->rows, rows.ReadCount());
-  const int64_t phase_rows = multiplier * slots * rows.phases.size() * columns.phases.size();
+  slices = call.depth.MostMet();
+  const int64_t slice_rows = slots * rows.phases.size();
+  const int64_t phase_rows = multiplier * slices * slice_rows * columns.phases.size();
   const int64_t most_lines = kTileBytes / 64 / std::max<int64_t>(phase_rows, 1);
   const int64_t fitting = std::max(most_lines - columns.Span(), (most_lines - read_columns) / 2);
   tile = std::min(columns.Count(), most_columns);
@@ -65,10 +68,11 @@ ReadPlan::ReadPlan(const ChannelCall& call, bool in_place, int64_t most_columns)
   reach = std::min(columns.Span(), read_columns - 1 + tile - 1);
   width = tile + reach;
   row_lines = columns.phases.size() * width;
-  plane = Odd(slots * rows.phases.size() * row_lines);
+  plane = Odd(slices * slice_rows * row_lines);
   block = multiplier * plane;
 
   const int64_t line = sizeof(Line), element = call.kernels.element_size;
+  slice_bytes = call.in.slice * element;
   row_bytes = call.in.row * element;
   line_bytes = in_place ? call.in.column * element : line;
   column_bytes = in_place ? columns.read_step * line_bytes : line;
@@ -114,18 +118,31 @@ bool Reader::BeginTile(int64_t tile) {
   return true;
 }
 
-void Reader::Pack(int64_t row, Line* to) {
+void Reader::BeginSlice(const char* in_image, int64_t slice) {
+  const DepthAxis& depth = plan.call.depth;
+  image = last = in_image;
+  scratch.held.assign(plan.slices * plan.slots * plan.call.rows.phases.size(), -1);
+  scratch.met.clear();
+  for (int64_t k = 0; k < depth.kernel; ++k) {
+    const int64_t read = depth.Read(k, slice);
+    if (read < 0) continue;
+    scratch.met.push_back({k, read});
+    last = std::max(last, image + read * plan.slice_bytes);
+  }
+}
+
+void Reader::Pack(const char* row, Line* to) {
   const Kernels& kernels = plan.call.kernels;
   const Axis &rows = plan.call.rows, &columns = plan.call.columns;
   const Tensor& in = plan.call.in;
   kernels.channel_moves->pack(
-      {.data = const_cast<char*>(image + row * plan.row_bytes),
+      {.data = const_cast<char*>(row),
        .lines = to,
        .plane = plan.plane,
        .channels = channels,
        .multiplier = plan.multiplier,
        .column_step = in.column,
-       .depth_step = in.depth,
+       .channel_step = in.channel,
        .ahead = rows.read_size == 1 ? kAheadColumns * in.column : rows.read_step * in.row},
       {.phases = columns.phases.data(),
        .phase_count = static_cast<int64_t>(columns.phases.size()),
@@ -140,11 +157,11 @@ void Reader::Pack(int64_t row, Line* to) {
 Ahead Reader::Next(int64_t next) const {
   if (scratch.rows.empty()) return {};
   const Axis& rows = plan.call.rows;
-  const char* const first = image + start * plan.column_bytes;
+  const char* const first = last + start * plan.column_bytes;
   if (rows.read_size == 1) {
     return {.data = first + kAheadBytes, .rows = plan.row_bytes >= 4 * kAheadBytes};
   }
-  const int64_t bytes = *std::max_element(scratch.rows.begin(), scratch.rows.end()) - image;
+  const int64_t bytes = *std::max_element(scratch.rows.begin(), scratch.rows.end()) - last;
   const int64_t lowest = bytes / plan.row_bytes;
   const int64_t most = plan.tiles == 1 ? next * rows.read_step : 1;
   return {.data = first + (lowest + 1) * plan.row_bytes,

@@ -49,16 +49,17 @@ struct Chunk {
 struct ReadPlan {
   const ChannelCall& call;
   bool in_place;
-  int64_t multiplier;  // values of `in` for each channel
-  int64_t tile;        // columns that are written at a time, of each phase
-  int64_t tiles;       // of a row
-  int64_t reach;       // from the first offset that meets a tile to the last
-  int64_t width;       // lines of one phase of a packed row
-  int64_t row_lines;   // lines of a packed row
-  int64_t slots;       // of the ring: packed rows of each phase
-  int64_t plane;       // lines of a block of channels in the ring
-  int64_t block;       // with all its multiples
-  int64_t row_bytes;   // from one row of the array to the next
+  int64_t multiplier;              // values of `in` for each channel
+  int64_t tile;                    // columns that are written at a time, of each phase
+  int64_t tiles;                   // of a row
+  int64_t reach;                   // from the first offset that meets a tile to the last
+  int64_t width;                   // lines of one phase of a packed row
+  int64_t row_lines;               // lines of a packed row
+  int64_t slots;                   // of the ring: packed rows of each phase and slice
+  int64_t slices;                  // that are read for one of the result, at most
+  int64_t plane;                   // lines of a block of channels in the ring
+  int64_t block;                   // with all its multiples
+  int64_t slice_bytes, row_bytes;  // from one slice or row of the array to the next
   // See Source.
   int64_t column_bytes, line_bytes, block_bytes;
 
@@ -77,7 +78,7 @@ struct ReadPlan {
   int64_t TapBytes(const AxisTap& tap, int64_t start) const;
 };
 
-// The rows that a task reads of one image, for one tile of columns.
+// The rows that a task reads of one image, for one slice and one tile of columns.
 struct Reader {
   const ReadPlan& plan;
   Scratch& scratch;
@@ -85,24 +86,29 @@ struct Reader {
   int64_t channels;             // of the task
   int64_t start = 0;            // the first column of the tile
   const char* image = nullptr;  // from the first channel of the task on
+  const char* last = nullptr;   // slice of it that is read
 
   // Lists the taps of a row of the filter for a tile of columns, those of a phase in the order of what
   // they read: in a ring, what is read of one phase lies side by side. False if they are what the
   // thread has.
   bool BeginTile(int64_t tile);
 
-  // What was packed was of another image or another tile.
-  void Clear() { scratch.held.assign(plan.slots * plan.call.rows.phases.size(), -1); }
+  // Lists the taps that meet a slice of an image of the result. What was packed was of another slice or
+  // another tile.
+  void BeginSlice(const char* in_image, int64_t slice);
 
-  // What `tap` reads to write row t of the image, packed if it is not there yet.
-  const char* Row(const AxisTap& tap, int64_t t) {
+  // What `tap` reads to write row t, of the slice that is read by the i-th of the taps that are listed:
+  // packed if it is not there yet.
+  const char* Row(int64_t i, const AxisTap& tap, int64_t t) {
     const Axis& rows = plan.call.rows;
-    const int64_t position = t + tap.offset;
-    if (plan.in_place) return image + rows.Element(tap, position) * plan.row_bytes;
-    const int64_t slot = position % plan.slots * rows.phases.size() + tap.phase;
+    const int64_t position = t + tap.offset, phases = rows.phases.size();
+    const char* const row =
+        image + scratch.met[i].slice * plan.slice_bytes + rows.Element(tap, position) * plan.row_bytes;
+    if (plan.in_place) return row;
+    const int64_t slot = (i * plan.slots + position % plan.slots) * phases + tap.phase;
     Line* const lines = ring + slot * plan.row_lines;
     const bool is_held = std::exchange(scratch.held[slot], position) == position;
-    if (!is_held) Pack(rows.Element(tap, position), lines);
+    if (!is_held) Pack(row, lines);
     return reinterpret_cast<const char*>(lines);
   }
 
@@ -119,11 +125,12 @@ struct Reader {
   }
 
   // What to fetch from below the rows that are listed in scratch, before `next` more of each phase are.
-  // They are read in place, and all channels of them.
+  // They are read in place, and all channels of them. Of several slices it is of the last: the slice
+  // before has read the others.
   Ahead Next(int64_t next) const;
 
  private:
-  void Pack(int64_t row, Line* to);
+  void Pack(const char* row, Line* to);
 };
 
 }  // namespace jax_dwbp

@@ -21,18 +21,19 @@ struct ChannelPlan {
   int64_t task_blocks, chunks;  // of channels
   bool fetches_ahead;           // what is read next, which lies side by side
   int64_t threads;
-  int64_t images;
+  int64_t slices;                      // of all images
   int64_t turns, bands;                // of rows
   int64_t weight_plane, buffer_plane;  // lines from one multiple to the next
   int64_t weight_lines, ring_lines, lines;
 
   ChannelPlan(const ChannelCall& call, const ffi::ThreadPool& pool)
       : call(call),
-        read(call, call.Taps() <= kInPlaceTaps && IsLines(call, call.in, call.InMultiplier()),
+        read(call,
+             call.sizes.SliceTaps() <= kInPlaceTaps && IsLines(call, call.in, call.InMultiplier()),
              call.columns.Count()),
         out_in_place(HasLines(call, call.out, call.OutMultiplier())),
         together(call.kernels.channel_lanes->rows),
-        images(call.sizes.problems * call.sizes.batch),
+        slices(call.sizes.problems * call.sizes.batch * call.depth.out),
         weight_plane(Odd(call.Taps())),
         buffer_plane(Odd(read.tile)) {
     const Axis &rows = call.rows, &columns = call.columns;
@@ -45,30 +46,31 @@ struct ChannelPlan {
     fetches_ahead = read.in_place && chunks == 1;
 
     const int64_t out_rows = rows.Count();
-    const int64_t work = images * blocks * multiplier * out_rows * columns.Count() *
-                         (rows.taps.size() * columns.TapCount(0) + 4);
+    const int64_t work = slices * blocks * multiplier * out_rows * columns.Count() *
+                         (read.slices * rows.taps.size() * columns.TapCount(0) + 4);
     threads = work < kSmall ? 1 : pool.num_threads();
     turns = CeilDiv(out_rows, together);
     const int64_t most_bands = threads == 1 ? 1 : std::min(turns, CeilDiv(out_rows, rows.Span() + 1));
-    bands = std::clamp<int64_t>(CeilDiv(4 * threads, images * chunks * read.tiles), 1, most_bands);
+    bands = std::clamp<int64_t>(CeilDiv(4 * threads, slices * chunks * read.tiles), 1, most_bands);
 
     weight_lines = task_blocks * multiplier * weight_plane;
     ring_lines = task_blocks * read.BlockLines();
     lines = weight_lines + ring_lines + (out_in_place ? 1 : task_blocks) * buffer_lines;
   }
 
-  int64_t Tasks() const { return images * chunks * read.tiles * bands; }
+  int64_t Tasks() const { return slices * chunks * read.tiles * bands; }
 };
 
-// What a task is of. The chunks of a problem follow one another, and for each of them its images: its
-// weights are packed once for all images that a thread takes.
+// What a task is of. The chunks of a problem follow one another, and for each of them its images, slice
+// by slice: its weights are packed once for all images that a thread takes.
 struct TaskPlace {
-  int64_t band, tile, image, chunk, problem;
+  int64_t band, tile, slice, image, chunk, problem;
 
   TaskPlace(const ChannelPlan& plan, int64_t task) {
-    const int64_t batch = plan.call.sizes.batch;
+    const int64_t batch = plan.call.sizes.batch, slices = plan.call.depth.out;
     band = task % plan.bands, task /= plan.bands;
     tile = task % plan.read.tiles, task /= plan.read.tiles;
+    slice = task % slices, task /= slices;
     const int64_t image_of_problem = task % batch;
     chunk = task / batch % plan.chunks;
     problem = task / batch / plan.chunks;
@@ -99,7 +101,7 @@ struct ConvolveTask {
   Chunk chunk;
   Line *weights, *buffer;
   Reader reader;
-  char* out;  // of the image, from the first channel of the chunk on
+  char* out;  // the slice of the image, from the first channel of the chunk on
 
   ConvolveTask(const ChannelPlan& plan, Scratch& scratch, int64_t task)
       : plan(plan),
@@ -114,16 +116,18 @@ struct ConvolveTask {
                .scratch = scratch,
                .ring = weights + plan.weight_lines,
                .channels = chunk.channels} {
-    const int64_t element = call.kernels.element_size, first = chunk.first_channel;
-    const Tensor &in = call.in, &to = call.out;
-    reader.image =
-        in.data + (place.image * in.image + first * call.InMultiplier() * in.depth) * element;
-    out = to.data + (place.image * to.image + first * call.OutMultiplier() * to.depth) * element;
+    const Tensor& to = call.out;
+    const int64_t channel = chunk.first_channel * call.OutMultiplier() * to.channel;
+    out = to.data +
+          (place.image * to.image + place.slice * to.slice + channel) * call.kernels.element_size;
   }
 
   void Run() {
     PackWeights();
-    reader.Clear();
+    const Tensor& in = call.in;
+    const int64_t channel = chunk.first_channel * call.InMultiplier() * in.channel;
+    reader.BeginSlice(in.data + (place.image * in.image + channel) * call.kernels.element_size,
+                      place.slice);
     reader.BeginTile(place.tile);
     // Bands start where a kernel's turn starts, so that each row is summed alike with any of them.
     const int64_t begin = place.band * plan.turns / plan.bands * plan.together;
@@ -153,18 +157,18 @@ struct ConvolveTask {
            .channels = blocks.channels,
            .multiplier = multiplier,
            .column_step = call.sizes.channels * multiplier,
-           .depth_step = 1},
+           .channel_step = 1},
           {.width = taps, .size = taps});
     }
   }
 
-  // Lists what `tap` reads to write row t, and its weights. Where a second row reads the same, `next_k`
-  // has the weights of that.
-  void List(const AxisTap& tap, int64_t t, int64_t next_k) {
+  // Lists what `tap` reads to write row t, of the i-th of the slices that are read, and its weights.
+  // Where a second row reads the same, `next_k` has the weights of that.
+  void List(int64_t i, const AxisTap& tap, int64_t t, int64_t next_k) {
     if (!tap.Meets(t)) return;
-    const char* const row = reader.Row(tap, t);
-    for (int64_t m = 0; m < plan.read.multiplier; ++m) {
-      const Line* const first = weights + m * plan.weight_plane;
+    const char* const row = reader.Row(i, tap, t);
+    const Line* first = weights + scratch.met[i].k * call.sizes.SliceTaps();
+    for (int64_t m = 0; m < plan.read.multiplier; ++m, first += plan.weight_plane) {
       scratch.rows.push_back(row + m * plan.read.plane * sizeof(Line));
       scratch.weights[0].push_back(first + tap.k * call.sizes.kernel_columns);
       scratch.weights[1].push_back(first + next_k * call.sizes.kernel_columns);
@@ -177,18 +181,25 @@ struct ConvolveTask {
     const std::span<const AxisTap> taps = rows.Taps(phase);
     const int64_t out_row = t * rows.write_step + phase;
     const bool two = plan.together == 2 && out_row + rows.write_step < rows.write_size;
+    const int64_t slices = scratch.met.size();
     scratch.rows.clear();
     for (auto& row_weights : scratch.weights) row_weights.clear();
-    for (const AxisTap& tap : taps) {
-      if (!two || tap.next < 0) List(tap, t, tap.k);
+    for (int64_t i = 0; i < slices; ++i) {
+      for (const AxisTap& tap : taps) {
+        if (!two || tap.next < 0) List(i, tap, t, tap.k);
+      }
     }
     const int64_t both_begin = scratch.rows.size();
-    for (const AxisTap& tap : taps) {
-      if (two && tap.next >= 0) List(tap, t, rows.taps[tap.next].k);
+    for (int64_t i = 0; i < slices; ++i) {
+      for (const AxisTap& tap : taps) {
+        if (two && tap.next >= 0) List(i, tap, t, rows.taps[tap.next].k);
+      }
     }
     const int64_t both_end = scratch.rows.size();
-    for (const AxisTap& tap : taps) {
-      if (two && !tap.is_next) List(tap, t + 1, tap.k);
+    for (int64_t i = 0; i < slices; ++i) {
+      for (const AxisTap& tap : taps) {
+        if (two && !tap.is_next) List(i, tap, t + 1, tap.k);
+      }
     }
     return {.first = out_row,
             .two = two,
@@ -235,7 +246,7 @@ struct ConvolveTask {
         .blocks = blocks.Count(),
         .weight_lines = weight_lines,
         .out_bytes = in_place ? line_values : multiplier * plan.buffer_plane * line};
-    char* const result = columns.out + blocks.channel * multiplier * call.out.depth * element;
+    char* const result = columns.out + blocks.channel * multiplier * call.out.channel * element;
     const int64_t buffer_row = conv.blocks * multiplier * plan.buffer_plane;
     for (int64_t m = 0; m < multiplier; ++m) {
       for (int i = 0; i <= rows.two; ++i) {
@@ -254,7 +265,7 @@ struct ConvolveTask {
                                         .channels = blocks.channels,
                                         .multiplier = multiplier,
                                         .column_step = out_step,
-                                        .depth_step = call.out.depth},
+                                        .channel_step = call.out.channel},
                                        columns.count);
     }
   }
@@ -264,7 +275,7 @@ struct ConvolveTask {
 
 void ConvolveChannels(ffi::ThreadPool& pool, const ChannelCall& call) {
   const ChannelPlan plan(call, pool);
-  PreferHugePages(call.out.data, plan.images * call.out.image * call.kernels.element_size);
+  PreferHugePages(call.out.data, call.sizes.problems * call.out.problem * call.kernels.element_size);
   ParallelFor(pool, plan.threads, plan.Tasks(), plan.lines,
               [&](Scratch& scratch, int64_t task) { ConvolveTask(plan, scratch, task).Run(); });
 }

@@ -9,11 +9,12 @@
 namespace jax_dwbp {
 namespace {
 
-// Of a plane.
+// Of a slice of a plane.
 int64_t RowCost(const RowCall& call, bool is_filter_grad) {
   const RowAxis &rows = call.rows, &columns = call.columns;
   const int64_t lanes = call.kernels.lanes, period = call.Period();
-  const int64_t taps = call.Sources() * rows.kernel * columns.kernel;
+  const int64_t slices = call.depth.MostMet(), sources = slices * call.Sources();
+  const int64_t taps = sources * rows.kernel * columns.kernel;
   const int64_t height = rows.OutSize(0), dilation = rows.dilation;
   const int64_t together = call.kernels.row_lanes->rows, line_step = std::min(call.LineStep(), lanes);
   const int64_t turns = std::min(dilation, height) * RoundUp(CeilDiv(height, dilation), together);
@@ -30,7 +31,7 @@ int64_t RowCost(const RowCall& call, bool is_filter_grad) {
     const int64_t at_once = pixels.AtOnce(lanes);
     const int64_t moves = at_once > 0 ? CeilDiv(in, at_once) : in * CeilDiv(pixels.period, lanes);
     const bool are_moved = by_vectors && pixels.Span() <= 2 * lanes;
-    cost += call.Sources() * (are_moved ? 12 * moves : 2 * in * period / call.Repeats());
+    cost += sources * (are_moved ? 12 * moves : 2 * in * period / call.Repeats());
   }
   if (columns.write_step > 1) {
     cost +=
@@ -39,29 +40,29 @@ int64_t RowCost(const RowCall& call, bool is_filter_grad) {
   return cost;
 }
 
-// Of a line of channels.
+// Of a slice of a line of channels.
 int64_t ChannelCost(const RowCall& call) {
   const RowAxis &rows = call.rows, &columns = call.columns;
-  const int64_t in = call.Sources() * rows.in * columns.in, lanes = call.kernels.lanes;
+  const int64_t slices = call.depth.MostMet(), sources = slices * call.Sources();
+  const int64_t in = sources * rows.in * columns.in, lanes = call.kernels.lanes;
   const int64_t out = call.sizes.multiplier * rows.out * columns.out;
   const int64_t phases = rows.OutPhases() * columns.OutPhases();
-  const int64_t cost = out * rows.kernel * columns.kernel * 5 / 4 / phases;
+  const int64_t cost = out * slices * rows.kernel * columns.kernel * 5 / 4 / phases;
   if (!call.channels_first) return cost + 8 * out + 40 * in;
   if (!call.kernels.channel_moves->by_vectors) return cost + 8 * out + 25 * in;
   // Squares of lines are transposed.
   const int64_t squares =
-      call.Sources() * rows.in * CeilDiv(columns.in, lanes) +
+      sources * rows.in * CeilDiv(columns.in, lanes) +
       call.sizes.multiplier * rows.out * columns.OutPhases() * CeilDiv(columns.OutSize(0), lanes);
   return cost + 12 * lanes * squares;
 }
 
-// Of a plane.
+// Of a slice of a plane.
 int64_t PlaneCost(const RowCall& call) {
   const int64_t lanes = call.kernels.lanes, taps = call.rows.kernel * call.columns.kernel;
   const int64_t lines = PlaneLines(call);
   // The masks are made for all planes, bit by bit.
-  const int64_t planes = call.sizes.problems * call.sizes.batch * call.Planes();
-  return 40 + lines * (3 * taps + 6) + 10 * lines * lanes * taps / planes;
+  return 40 + lines * (3 * taps + 6) + 10 * lines * lanes * taps / call.Slices();
 }
 
 }  // namespace

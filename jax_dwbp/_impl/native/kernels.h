@@ -26,14 +26,14 @@ struct alignas(64) Line {
 // Columns of an array of the caller, and the planes of lines that they are packed to or emitted from.
 // Channel b * lanes + l of multiple m lies in lane l of plane b * multiplier + m.
 struct ChannelCopy {
-  void* data;           // the first channel of column 0
-  Line* lines;          // the first line of the first plane
-  int64_t plane;        // lines from one plane to the next
-  int64_t channels;     // how many
-  int64_t multiplier;   // values for each channel
-  int64_t column_step;  // elements from one column to the next
-  int64_t depth_step;   // elements from one value of a column to the next
-  int64_t ahead = 0;    // elements to what is packed next, to be fetched where values lie side by side
+  void* data;            // the first channel of column 0
+  Line* lines;           // the first line of the first plane
+  int64_t plane;         // lines from one plane to the next
+  int64_t channels;      // how many
+  int64_t multiplier;    // values for each channel
+  int64_t column_step;   // elements from one column to the next
+  int64_t channel_step;  // elements from one value of a column to the next
+  int64_t ahead = 0;     // elements to what is packed next, to be fetched where values lie side by side
 };
 
 inline constexpr int64_t kFirstPhase = 0;
@@ -69,8 +69,8 @@ struct Source {
   Ahead ahead{};
 };
 
-// Taps of a filter that reads in place. Larger ones meet a line so often that packing it, close to
-// others, saves more than it costs.
+// Taps of a slice of a filter that reads in place. Larger ones meet a line so often that packing it,
+// close to others, saves more than it costs.
 constexpr int64_t kInPlaceTaps = 49;
 
 // A running sum over columns has at most so many.

@@ -71,31 +71,53 @@ std::optional<Op> OpOf(std::string_view name) {
   return std::nullopt;
 }
 
-// The sizes of the three arrays, with an axis of problems, be it one of size 1.
+// Depth, rows and columns. An array that has fewer is of size 1 along the first of them.
+constexpr size_t kAxes = 3;
+
+// The sizes of the three arrays with all axes, be some of size 1: [G,N,D,H,W,C] or [G,N,C,D,H,W] and,
+// of f, [G,K,R,S,C,M]. G is of problems.
 struct Shapes {
-  int64_t x[5] = {1}, f[5] = {1}, y[5] = {1};
+  int64_t x[6] = {1, 1, 1, 1, 1, 1}, f[6] = {1, 1, 1, 1, 1, 1}, y[6] = {1, 1, 1, 1, 1, 1};
 };
+
+// Sets the sizes of an array, of which so many dimensions are spatial, and so many lie behind those.
+void SetSizes(const ffi::AnyBuffer& array, size_t axes, size_t behind, int64_t* sizes) {
+  const ffi::AnyBuffer::Dimensions dims = array.dimensions();
+  const auto spatial = dims.end() - behind - axes;
+  std::copy_backward(dims.begin(), spatial, sizes + 6 - kAxes - behind);
+  std::copy_backward(spatial, dims.end(), sizes + 6);
+}
 
 // Of each of these what is wrong, or null. Nothing below looks at it again.
 const char* WrongWindow(ffi::Span<const int64_t> window_strides, ffi::Span<const int64_t> low,
                         ffi::Span<const int64_t> rhs_dilation) {
+  const size_t axes = window_strides.size();
   const auto positive = [](ffi::Span<const int64_t> values) {
-    return values.size() == 2 && values[0] >= 1 && values[1] >= 1;
+    return std::all_of(values.begin(), values.end(), [](int64_t value) { return value >= 1; });
   };
-  if (!positive(window_strides)) return "`window_strides` must be two positive integers";
-  if (low.size() != 2) return "`low` must be two integers";
-  if (!positive(rhs_dilation)) return "`rhs_dilation` must be two positive integers";
+  if (axes < 1 || axes > kAxes || !positive(window_strides)) {
+    return "`window_strides` must be one to three positive integers";
+  }
+  if (low.size() != axes) return "`low` must be as many integers as `window_strides`";
+  if (rhs_dilation.size() != axes || !positive(rhs_dilation)) {
+    return "`rhs_dilation` must be as many positive integers as `window_strides`";
+  }
   return nullptr;
 }
 
-const char* WrongArrays(const ffi::AnyBuffer& x, const ffi::AnyBuffer& f, const ffi::AnyBuffer& y) {
+const char* WrongArrays(size_t axes, const ffi::AnyBuffer& x, const ffi::AnyBuffer& f,
+                        const ffi::AnyBuffer& y) {
   const size_t rank = x.dimensions().size(), filter_rank = f.dimensions().size();
   if (f.element_type() != x.element_type() || y.element_type() != x.element_type()) {
     return "x, f and y must be of one dtype";
   }
-  if (rank < 4 || rank > 5) return "x must have 4 or 5 dimensions";
+  if (rank < axes + 2 || rank > axes + 3) {
+    return "x must have two or three dimensions more than `window_strides` has integers";
+  }
   if (y.dimensions().size() != rank) return "y must have as many dimensions as x";
-  if (filter_rank < 4 || filter_rank > rank) return "f must have 4 dimensions or those of x";
+  if (filter_rank < axes + 2 || filter_rank > rank) {
+    return "f must have as many dimensions as x, but for that of problems";
+  }
   for (const ffi::AnyBuffer* array : {&x, &f, &y}) {
     if (array->element_count() == 0) return "no array may be empty";
   }
@@ -104,12 +126,12 @@ const char* WrongArrays(const ffi::AnyBuffer& x, const ffi::AnyBuffer& f, const 
 
 const char* WrongShapes(const Shapes& shapes, bool shared_filter, bool channels_first) {
   const auto& [x, f, y] = shapes;
-  const int depth = channels_first ? 2 : 4;
+  const int channels = channels_first ? 2 : 5;
   if (y[0] != x[0]) return "y must have the problems of x";
   if (!shared_filter && f[0] != x[0]) return "f must have the problems of x";
   if (y[1] != x[1]) return "y must have the batch size of x";
-  if (f[3] != x[depth]) return "f must have the channels of x";
-  if (y[depth] != f[3] * f[4]) return "y must have the channels of x times the multiplier of f";
+  if (f[4] != x[channels]) return "f must have the channels of x";
+  if (y[channels] != f[4] * f[5]) return "y must have the channels of x times the multiplier of f";
   return nullptr;
 }
 
@@ -119,7 +141,7 @@ struct Request {
   const Kernels& kernels;
   Shapes shapes;
   bool channels_first;
-  ffi::Span<const int64_t> strides, low, dilations;
+  Window windows[kAxes];
   Tensor x, f, y;
 
   bool IsTransposed() const { return op == Op::kInputGrad; }
@@ -129,31 +151,41 @@ struct Request {
   Sizes ArraySizes() const {
     return {.problems = shapes.x[0],
             .batch = shapes.x[1],
-            .channels = shapes.f[3],
-            .multiplier = shapes.f[4],
-            .kernel_rows = shapes.f[1],
-            .kernel_columns = shapes.f[2]};
+            .channels = shapes.f[4],
+            .multiplier = shapes.f[5],
+            .kernel_rows = shapes.f[2],
+            .kernel_columns = shapes.f[3]};
   }
-  // Of the axis of rows, which is 0, or of columns, which is 1.
   int64_t XSize(int axis) const { return shapes.x[(channels_first ? 3 : 2) + axis]; }
   int64_t YSize(int axis) const { return shapes.y[(channels_first ? 3 : 2) + axis]; }
-  int64_t KernelSize(int axis) const { return shapes.f[1 + axis]; }
 };
 
+// What `axis` stands for.
+constexpr int kDepth = 0, kRows = 1, kColumns = 2;
+
+DepthAxis DepthAxisOf(const Request& request) {
+  const int64_t x = request.XSize(kDepth), y = request.YSize(kDepth);
+  const auto& [kernel, stride, low, dilation] = request.windows[kDepth];
+  return {.in = request.IsTransposed() ? y : x,
+          .out = request.IsTransposed() ? x : y,
+          .kernel = kernel,
+          .stride = stride,
+          .low = low,
+          .dilation = dilation,
+          .is_transposed = request.IsTransposed()};
+}
+
 RowAxis RowAxisOf(const Request& request, int axis) {
-  const int64_t x = request.XSize(axis), y = request.YSize(axis), kernel = request.KernelSize(axis);
-  const int64_t dilation = kernel == 1 ? 1 : request.dilations[axis];
-  const int64_t stride = request.strides[axis], low = request.low[axis];
+  const int64_t x = request.XSize(axis), y = request.YSize(axis);
+  const auto& [kernel, stride, low, any_dilation] = request.windows[axis];
+  const int64_t dilation = kernel == 1 ? 1 : any_dilation;
   if (!request.IsTransposed()) return RowAxis(x, y, kernel, dilation, -low, stride, false);
   return RowAxis(y, x, kernel, dilation, low - dilation * (kernel - 1), stride, true);
 }
 
 Axis ChannelAxisOf(const Request& request, int axis) {
-  const Window window{.kernel = request.KernelSize(axis),
-                      .stride = request.strides[axis],
-                      .low = request.low[axis],
-                      .dilation = request.dilations[axis]};
   const int64_t x = request.XSize(axis), y = request.YSize(axis);
+  const Window& window = request.windows[axis];
   return request.IsTransposed() ? TransposedAxis(x, y, window) : ForwardAxis(x, y, window);
 }
 
@@ -163,8 +195,9 @@ void Dispatch(ffi::ThreadPool& pool, const Request& request) {
                         .sizes = request.ArraySizes(),
                         .channels_first = request.channels_first,
                         .is_transposed = request.IsTransposed(),
-                        .rows = RowAxisOf(request, 0),
-                        .columns = RowAxisOf(request, 1),
+                        .depth = DepthAxisOf(request),
+                        .rows = RowAxisOf(request, kRows),
+                        .columns = RowAxisOf(request, kColumns),
                         .in = request.In(),
                         .filter = request.f,
                         .out = request.Out()};
@@ -179,8 +212,9 @@ void Dispatch(ffi::ThreadPool& pool, const Request& request) {
   const ChannelCall by_channels{.kernels = request.kernels,
                                 .sizes = request.ArraySizes(),
                                 .is_transposed = request.IsTransposed(),
-                                .rows = ChannelAxisOf(request, 0),
-                                .columns = ChannelAxisOf(request, 1),
+                                .depth = by_rows.depth,
+                                .rows = ChannelAxisOf(request, kRows),
+                                .columns = ChannelAxisOf(request, kColumns),
                                 .in = request.In(),
                                 .filter = request.f,
                                 .out = request.Out()};
@@ -199,15 +233,14 @@ ffi::Error DepthwiseConv2d(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffe
   const Kernels* kernels = KernelsFor(x.element_type());
   const char* wrong = kernels ? nullptr : "x must be of float16, bfloat16, float32 or float64";
   if (!wrong) wrong = WrongWindow(window_strides, low, rhs_dilation);
-  if (!wrong) wrong = WrongArrays(x, f, y);
+  const size_t axes = window_strides.size();
+  if (!wrong) wrong = WrongArrays(axes, x, f, y);
   if (wrong) return ffi::Error::InvalidArgument(wrong);
 
   Shapes shapes;
   auto& [xs, fs, ys] = shapes;
-  const auto copy = [](const ffi::AnyBuffer& from, int64_t* to) {
-    std::copy_backward(from.dimensions().begin(), from.dimensions().end(), to + 5);
-  };
-  copy(x, xs), copy(f, fs), copy(y, ys);
+  const size_t behind = channels_first ? 0 : 1;
+  SetSizes(x, axes, behind, xs), SetSizes(f, axes, 2, fs), SetSizes(y, axes, behind, ys);
   const bool shared_filter = f.dimensions().size() < x.dimensions().size();
   if ((wrong = WrongShapes(shapes, shared_filter, channels_first))) {
     return ffi::Error::InvalidArgument(wrong);
@@ -216,16 +249,24 @@ ffi::Error DepthwiseConv2d(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffe
     // All problems are one.
     for (int64_t* shape : {xs, ys}) shape[1] *= std::exchange(shape[0], 1);
   }
-  Dispatch(pool, {.op = *op,
+  Request request{.op = *op,
                   .kernels = *kernels,
                   .shapes = shapes,
                   .channels_first = channels_first,
-                  .strides = window_strides,
-                  .low = low,
-                  .dilations = rhs_dilation,
+                  .windows = {},
                   .x = Tensor(x.untyped_data(), xs, channels_first),
                   .f = Tensor(f.untyped_data(), fs, false),
-                  .y = Tensor(y.untyped_data(), ys, channels_first)});
+                  .y = Tensor(y.untyped_data(), ys, channels_first)};
+  for (size_t axis = 0; axis < kAxes; ++axis) {
+    const size_t missing = kAxes - axes;
+    Window& window = request.windows[axis];
+    window = {.kernel = fs[1 + axis], .stride = 1, .low = 0, .dilation = 1};
+    if (axis < missing) continue;
+    const size_t given = axis - missing;
+    window.stride = window_strides[given], window.low = low[given];
+    window.dilation = rhs_dilation[given];
+  }
+  Dispatch(pool, request);
   return ffi::Error::Success();
 } catch (const std::bad_alloc&) {
   // A text that is short enough to take no memory.

@@ -20,7 +20,7 @@ struct PlaneTaps {
   explicit PlaneTaps(const RowCall& call) {
     const RowAxis &rows = call.rows, &columns = call.columns;
     const int64_t width = columns.out, lanes = call.kernels.lanes;
-    for (int64_t tap : call.Taps()) weights.push_back(tap * call.TapStep());
+    for (int64_t tap : call.Order()) weights.push_back(tap * call.TapStep());
     const int64_t tap_count = weights.size();
     masks.resize(tap_count * CeilDiv(PlaneLines(call), kPlaneLines) * kPlaneLines);
     uint16_t* mask = masks.data();
@@ -54,6 +54,7 @@ int64_t PlaneLines(const RowCall& call) {
 bool HasNarrowPlanes(const RowCall& call) {
   const RowAxis &rows = call.rows, &columns = call.columns;
   if (!call.kernels.plane_lanes || call.Period() > 1 || call.Sources() > 1) return false;
+  if (!call.depth.IsBatch()) return false;
   for (const RowAxis* axis : {&rows, &columns}) {
     if (axis->read_step > 1 || axis->write_step > 1) return false;
   }
@@ -66,19 +67,20 @@ bool HasNarrowPlanes(const RowCall& call) {
 void ConvolvePlanes(ffi::ThreadPool& pool, const RowCall& call) {
   const PlaneTaps taps(call);
   const int64_t element = call.kernels.element_size, channels = call.Planes();
-  const int64_t planes = call.sizes.problems * call.sizes.batch * channels, lines = PlaneLines(call);
+  const int64_t slices = call.Slices(), lines = PlaneLines(call);
   const int64_t tap_count = taps.weights.size();
-  const int64_t threads = planes * lines * (tap_count + 4) < kSmall ? 1 : pool.num_threads();
-  const int64_t group = CeilDiv(planes, kTasks * std::max<int64_t>(threads, 1));
-  PreferHugePages(call.out.data, call.sizes.problems * call.sizes.batch * call.out.image * element);
-  ParallelFor(pool, threads, CeilDiv(planes, group), 0, [&](Scratch&, int64_t task) {
-    const int64_t end = std::min((task + 1) * group, planes);
-    for (int64_t plane = task * group; plane < end; ++plane) {
+  const int64_t threads = slices * lines * (tap_count + 4) < kSmall ? 1 : pool.num_threads();
+  const int64_t group = CeilDiv(slices, kTasks * std::max<int64_t>(threads, 1));
+  PreferHugePages(call.out.data, call.sizes.problems * call.out.problem * element);
+  ParallelFor(pool, threads, CeilDiv(slices, group), 0, [&](Scratch&, int64_t task) {
+    const int64_t end = std::min((task + 1) * group, slices);
+    for (int64_t i = task * group; i < end; ++i) {
+      const int64_t slice = i % call.depth.out, plane = i / call.depth.out;
       const int64_t image = plane / channels, channel = plane % channels;
       const int64_t problem = image / call.sizes.batch;
-      const int64_t in = image * call.in.image + call.InPlane(channel);
+      const int64_t in = image * call.in.image + call.InPlane(channel) + slice * call.in.slice;
       const int64_t filter = problem * call.filter.problem + call.FilterPlane(channel);
-      const int64_t out = image * call.out.image + call.OutPlane(channel);
+      const int64_t out = image * call.out.image + call.OutPlane(channel) + slice * call.out.slice;
       call.kernels.plane_lanes->convolve({.in = call.in.data + in * element,
                                           .filter = call.filter.data + filter * element,
                                           .out = call.out.data + out * element,

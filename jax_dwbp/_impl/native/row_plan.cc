@@ -19,16 +19,16 @@ RowPlan::RowPlan(const RowCall& call, int64_t pool_threads)
       lanes(call.kernels.lanes),
       line_step(call.LineStep()),
       variants(call.Variants()),
-      planes(call.sizes.problems * call.sizes.batch * call.Planes()),
+      slices(call.Slices()),
       pixels(call.InPixels(call.PackedRepeats())),
       repeats(call.Repeats() / call.PackedRepeats()) {
   const RowAxis &rows = call.rows, &columns = call.columns;
   const int64_t element = sizeof(Line) / lanes, width = columns.OutSize(0), height = rows.OutSize(0);
-  variant_lines = call.Sources() * rows.kernel * columns.kernel;
+  variant_lines = call.Sources() * call.Taps();
   weight_lines = variants * variant_lines;
-  const int64_t work = planes * height * CeilDiv(width * period, lanes) * (variant_lines + 4);
+  const int64_t work = slices * height * CeilDiv(width * period, lanes) * (variant_lines + 4);
   threads = work < kSmall ? 1 : std::max<int64_t>(pool_threads, 1);  // a host may have no pool
-  const int64_t wanted = threads == 1 ? 1 : CeilDiv(kTasks * threads, planes);
+  const int64_t wanted = threads == 1 ? 1 : CeilDiv(kTasks * threads, slices);
 
   const int64_t fitting = columns.Fitting(kRowBytes / element / pixels.period);
   const int64_t of_one_row = height == 1 ? wanted : 1;
@@ -40,12 +40,12 @@ RowPlan::RowPlan(const RowCall& call, int64_t pool_threads)
   // Rows are summed alike in any band that starts where the kernel's turn would start without bands.
   by_row = call.ByRow();
   const int64_t turn = by_row ? 1 : kernels.rows * rows.dilation;
-  band = std::min(rows.Fitting(kBandBytes / element / in_step / call.Sources()),
+  band = std::min(rows.Fitting(kBandBytes / element / in_step / call.AllSources()),
                   std::max(CeilDiv(height, wanted), rows.Least()));
   band = RoundUp(std::min(band, height), turn);
   bands = CeilDiv(height, band);
-  group = tiles * bands > 1 ? 1 : CeilDiv(planes, kTasks * threads);
-  groups = CeilDiv(planes, group);
+  group = tiles * bands > 1 ? 1 : CeilDiv(slices, kTasks * threads);
+  groups = CeilDiv(slices, group);
   const int64_t fitting_filters = kFilterBytes / static_cast<int64_t>(sizeof(Line)) / weight_lines;
   filters =
       group == 1 || call.sizes.batch == 1 ? 1 : std::clamp<int64_t>(fitting_filters, 1, call.Planes());
@@ -55,7 +55,7 @@ RowPlan::RowPlan(const RowCall& call, int64_t pool_threads)
   // What is read last is read up to a line too far.
   phase_lines = columns.write_step == 1 ? 0 : CeilDiv(phase_bytes, sizeof(Line)) + 1;
   source_lines = CeilDiv(rows.Packed(band) * in_step, lanes);
-  lines = filters * weight_lines + phase_lines + call.Sources() * source_lines + 1;
+  lines = filters * weight_lines + phase_lines + call.AllSources() * source_lines + 1;
   reads.reserve(columns.kernel);
   for (int64_t i = 0; i < columns.taps.Size(); ++i) {
     const int64_t first = columns.Read(i, tile);
@@ -75,9 +75,9 @@ bool HasRows(const RowCall& call, bool is_filter_grad) {
     // What is packed for the padding.
     if (axis->Packed(axis->OutSize(0)) > 4 * axis->in + 64) return false;
   }
-  if (rows.taps.Size() * call.Sources() > kMostPieces) return false;
+  if (rows.taps.Size() * call.AllSources() > kMostPieces) return false;
   const int64_t most_lines = kMostBytes / static_cast<int64_t>(sizeof(Line));
-  if (call.Sources() * rows.kernel * columns.kernel > most_lines) return false;
+  if (call.Sources() * call.Taps() > most_lines) return false;
   if (is_filter_grad) return CorrelationLines(call) <= most_lines;
   // By one thread, which has the largest parts.
   const RowPlan plan(call, 1);

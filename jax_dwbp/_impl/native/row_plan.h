@@ -8,19 +8,19 @@
 
 namespace jax_dwbp {
 
-// How a result is cut to tasks: planes, of large ones bands of rows, of long rows tiles. All of a part
-// is of each phase.
+// How a result is cut to tasks: slices of planes, of large ones bands of rows, of long rows tiles. All
+// of a part is of each phase.
 struct RowPlan {
   const RowCall& call;
   const RowKernels& kernels;
-  int64_t period, lanes, line_step, variants, planes;
+  int64_t period, lanes, line_step, variants, slices;
   RowPixels pixels;  // as they are packed
   int64_t repeats;   // of their values, as they are read
   int64_t threads;
   int64_t tile, tiles;    // columns
   bool by_row;            // no rows are computed together
   int64_t band, bands;    // rows, with those that are computed in vain
-  int64_t group, groups;  // planes
+  int64_t group, groups;  // slices
   int64_t filters;        // that are packed at a time
   int64_t in_step;        // values from one packed row to the next
   int64_t phase_step;     // elements from one phase of a row to the next, before they are stored

@@ -1,5 +1,5 @@
-// The filter gradient by rows. A filter's sum is taken of units, parts of an image that stay in the
-// cache.
+// The filter gradient by rows. A filter's sum is taken of units, parts of a slice of dy that stay in
+// the cache. Of each slice of the input that taps of the depth meet there the same part is read.
 
 #include "row_lanes.h"
 #include "row_schedule.h"
@@ -16,6 +16,12 @@ constexpr int64_t kFoldLines = 2048;
 // Bytes of the sums of filters that are summed at a time, so that planes are read in the order of
 // memory.
 constexpr int64_t kSumBytes = 16 << 10;
+
+// Where a unit of a filter lies: a plane of the input and, of that of dy, a slice.
+struct Unit {
+  const char *x, *dy;
+  int64_t slice;
+};
 
 // How the work is cut. All but the threads is fixed by the shapes.
 struct SumPlan {
@@ -38,7 +44,7 @@ struct SumPlan {
         lanes(call.kernels.lanes),
         line_step(call.LineStep()),
         variants(call.Variants()),
-        taps(call.rows.kernel * call.columns.kernel),
+        taps(call.Taps()),
         filters(call.sizes.problems * call.Planes()) {
     const RowAxis &rows = call.rows, &across = call.columns;
     const int64_t element = sizeof(Line) / lanes;
@@ -57,7 +63,7 @@ struct SumPlan {
     const int64_t fitting = (kBandBytes / element - rows.extra * in_step) / row_step;
     bands = CeilDiv(rows.out, std::max(fitting, rows.Least()));
     band = CeilDiv(rows.out, bands);
-    units = call.sizes.batch * bands * tiles;
+    units = call.sizes.batch * call.depth.out * bands * tiles;
     fold_lines = CeilDiv(taps * period, lanes);
     const int64_t most = kPartBytes / static_cast<int64_t>(sizeof(Line)) / (filters * fold_lines);
     parts = std::max<int64_t>(1, std::min({CeilDiv(kParts, filters), most, units}));
@@ -76,22 +82,19 @@ struct SumPlan {
   // Of a filter: a line for each tap of whole lines of a row, and one of what is left.
   int64_t SumLines() const { return 2 * variants * taps; }
 
-  // Where a filter's planes lie in an image of its problem.
-  int64_t Image(int64_t filter, int64_t unit) const {
-    return filter / call.Planes() * call.sizes.batch + unit / tiles / bands;
-  }
-  const char* X(int64_t filter, int64_t unit) const {
-    const int64_t plane = Image(filter, unit) * call.in.image + call.InPlane(filter % call.Planes());
-    return call.in.data + plane * call.kernels.element_size;
-  }
-  const char* Dy(int64_t filter, int64_t unit) const {
-    const int64_t plane = Image(filter, unit) * call.out.image + call.OutPlane(filter % call.Planes());
-    return call.out.data + plane * call.kernels.element_size;
+  Unit At(int64_t filter, int64_t index) const {
+    const int64_t element = call.kernels.element_size, plane = filter % call.Planes();
+    const int64_t place = index / tiles / bands, slice = place % call.depth.out;
+    const int64_t image = filter / call.Planes() * call.sizes.batch + place / call.depth.out;
+    const int64_t dy = image * call.out.image + call.OutPlane(plane) + slice * call.out.slice;
+    return {.x = call.in.data + (image * call.in.image + call.InPlane(plane)) * element,
+            .dy = call.out.data + dy * element,
+            .slice = slice};
   }
   // Whether that is read in place: behind each row of it there has to be a line, be it of no account.
-  bool ReadsDy(const char* plane) const {
+  bool ReadsDy(const char* slice) const {
     const int64_t rest = call.sizes.problems * call.out.problem - call.out.row * call.rows.out - lanes;
-    return reads_dy && plane - call.out.data <= rest * call.kernels.element_size;
+    return reads_dy && slice - call.out.data <= rest * call.kernels.element_size;
   }
 };
 
@@ -101,7 +104,7 @@ class Sums {
  public:
   // Lines that the lists of a unit take.
   static int64_t ListLines(const SumPlan& plan) {
-    return ListIn<Copy>::Lines(Copies(plan.call)) +
+    return ListIn<Copy>::Lines(Regions(plan.call)) +
            ListIn<Correlation>::Lines(2 * plan.variants * Regions(plan.call));
   }
 
@@ -111,7 +114,7 @@ class Sums {
         dy_(in_ + plan.in_lines),
         lines_(dy_ + plan.dy_lines),
         copies_(memory + plan.lines),
-        correlations_(memory + plan.lines + ListIn<Copy>::Lines(Copies(plan.call))) {}
+        correlations_(memory + plan.lines + ListIn<Copy>::Lines(Regions(plan.call))) {}
 
   // What comes next is added to the totals of so many filters.
   void Begin(Line* totals, int64_t slots) {
@@ -127,22 +130,27 @@ class Sums {
     summed_ += lines_of_unit_;
   }
 
-  // Adds it for one of the filters. What is read next lies so many bytes ahead.
-  void Add(int64_t slot, const char* x_plane, const char* dy_plane, int64_t x_ahead, int64_t dy_ahead) {
-    const bool reads_dy = plan_.ReadsDy(dy_plane);
-    for (Copy& copy : copies_) {
-      if (copy.is_dy && reads_dy) continue;
-      copy.rows.from = (copy.is_dy ? dy_plane : x_plane) + copy.from;
-      copy.rows.ahead = copy.is_dy ? dy_ahead : x_ahead;
-      plan_.call.kernels.row_moves->copy(copy.rows);
-      // The zeros around it are there now.
-      copy.rows.before = copy.rows.after = 0;
-    }
+  // Adds it for one of the filters. Then comes `next`.
+  void Add(int64_t slot, const Unit& unit, const Unit& next) {
+    const RowCall& call = plan_.call;
+    const int64_t slice_bytes = call.in.slice * call.kernels.element_size;
+    const int64_t slices_ahead = (next.slice - unit.slice) * call.depth.Between();
+    const int64_t x_ahead = next.x - unit.x + slices_ahead * slice_bytes;
+    const bool reads_dy = plan_.ReadsDy(unit.dy);
+    if (!reads_dy) CopyRows(dy_copy_, unit.dy, next.dy - unit.dy);
     for (Correlation& corr : correlations_) {
-      corr.rows.dy = reads_dy ? dy_plane + dy_from_ : reinterpret_cast<const char*>(dy_);
-      corr.rows.dy_step = reads_dy ? plan_.call.out.row : plan_.dy_step;
-      corr.rows.sums = lines_ + slot * plan_.SumLines() + corr.sums;
-      plan_.call.kernels.row_sums->correlate(corr.rows);
+      corr.rows.dy = reads_dy ? unit.dy + dy_copy_.from : reinterpret_cast<const char*>(dy_);
+      corr.rows.dy_step = reads_dy ? call.out.row : plan_.dy_step;
+    }
+    Line* sums = lines_ + slot * plan_.SumLines();
+    for (int64_t k = 0; k < call.depth.kernel; ++k, sums += call.sizes.SliceTaps()) {
+      const int64_t slice = call.depth.Read(k, unit.slice);
+      if (slice < 0) continue;
+      for (Copy& copy : copies_) CopyRows(copy, unit.x + slice * slice_bytes, x_ahead);
+      for (Correlation& corr : correlations_) {
+        corr.rows.sums = sums + corr.sums;
+        call.kernels.row_sums->correlate(corr.rows);
+      }
     }
   }
 
@@ -166,8 +174,7 @@ class Sums {
  private:
   struct Copy {
     RowCopy rows;
-    int64_t from;  // bytes from the plane's first element
-    bool is_dy;
+    int64_t from;  // bytes from the slice's first element
   };
   struct Correlation {
     RowCorrelation rows;
@@ -177,8 +184,14 @@ class Sums {
   static int64_t Regions(const RowCall& call) {
     return call.rows.regions.Size() * call.columns.regions.Size();
   }
-  static int64_t Copies(const RowCall& call) { return 1 + Regions(call); }
 
+  void CopyRows(Copy& copy, const char* slice, int64_t ahead) {
+    copy.rows.from = slice + copy.from;
+    copy.rows.ahead = ahead;
+    plan_.call.kernels.row_moves->copy(copy.rows);
+    // The zeros around it are there now.
+    copy.rows.before = copy.rows.after = 0;
+  }
   void Clear() {
     std::memset(lines_, 0, slots_ * plan_.SumLines() * sizeof(Line));
     summed_ = 0;
@@ -213,8 +226,8 @@ class Sums {
                            .column = column,
                            .columns = columns,
                            .size = call.columns.out};
-    ListCopy(window, {plan_.period, 1, 1, call.out.column}, call.out, dy_, 0, plan_.dy_step, true);
-    dy_from_ = copies_.begin()->from;
+    const RowPixels dy_pixels{plan_.period, 1, 1, call.out.column};
+    dy_copy_ = {CopyOf(window, dy_pixels, call.out.row, dy_, 0, plan_.dy_step), From(window, call.out)};
     for (int64_t i = 0; i < call.rows.regions.Size(); ++i) {
       const RowRegion& region = call.rows.regions[i];
       const int64_t in_row = std::max<int64_t>(0, row + region.first);
@@ -233,7 +246,9 @@ class Sums {
                              .column = column + side.first,
                              .columns = columns + side.extra,
                              .size = call.columns.InSize(side.phase)};
-        ListCopy(read, call.InPixels(call.Repeats()), call.in, in_, first, plan_.in_step, false);
+        const RowPixels pixels = call.InPixels(call.Repeats());
+        copies_.Add(
+            {CopyOf(read, pixels, call.in.row, in_, first, plan_.in_step), From(read, call.in)});
         const int64_t line = call.rows.Before(i) * call.columns.kernel + call.columns.Before(j);
         for (int64_t variant = 0; variant < plan_.variants; ++variant) {
           const int64_t begin = variant * plan_.lanes, whole = WholeLines(variant);
@@ -265,10 +280,8 @@ class Sums {
     }
   }
 
-  void ListCopy(const RowWindow& window, const RowPixels& pixels, const Tensor& tensor, Line* to,
-                int64_t first, int64_t to_step, bool is_dy) {
-    copies_.Add({CopyOf(window, pixels, tensor.row, to, first, to_step),
-                 window.First(tensor) * plan_.call.kernels.element_size, is_dy});
+  int64_t From(const RowWindow& window, const Tensor& tensor) const {
+    return window.First(tensor) * plan_.call.kernels.element_size;
   }
 
   const SumPlan& plan_;
@@ -278,10 +291,10 @@ class Sums {
   Line* totals_ = nullptr;
   int64_t slots_ = 0;
   int64_t band_ = -1, tile_ = -1;  // what is listed
-  int64_t dy_from_ = 0;            // bytes from a plane's first element
   int64_t values_ = 0;             // of a row
   int64_t lines_of_unit_ = 0, summed_ = 0;
-  ListIn<Copy> copies_;
+  Copy dy_copy_{};
+  ListIn<Copy> copies_;  // of what a tap of the depth reads
   ListIn<Correlation> correlations_;
 };
 
@@ -298,7 +311,7 @@ void CorrelateRows(ffi::ThreadPool& pool, const RowCall& call) {
   const int64_t element = call.kernels.element_size, channels = call.Planes();
   const int64_t groups = CeilDiv(plan.filters, plan.group);
   const bool has_parts = plan.parts > 1;
-  const std::vector<int64_t> taps = call.Taps();
+  const std::vector<int64_t> taps = call.Order();
   const std::unique_ptr<Line[]> memory(has_parts ? new Line[plan.filters * plan.parts * plan.fold_lines]
                                                  : nullptr);
   const auto join = [&](int64_t filter, Line* parts) {
@@ -321,14 +334,13 @@ void CorrelateRows(ffi::ThreadPool& pool, const RowCall& call) {
       for (int64_t unit = part * plan.units / plan.parts; unit < last; ++unit) {
         sums.BeginUnit(unit / plan.tiles % plan.bands, unit % plan.tiles);
         for (int64_t slot = 0; slot < slots; ++slot) {
-          const char *const x = plan.X(filter + slot, unit), *const dy = plan.Dy(filter + slot, unit);
           const bool is_next = slot + 1 < slots;
           // Bands and tiles of one image are read in the order of memory.
           const bool is_last = !is_next && (plan.bands * plan.tiles > 1 || unit + 1 == last);
           const int64_t next_filter = is_next ? filter + slot + 1 : filter;
           const int64_t next_unit = is_next || is_last ? unit : unit + 1;
-          sums.Add(slot, x, dy, is_last ? 0 : plan.X(next_filter, next_unit) - x,
-                   is_last ? 0 : plan.Dy(next_filter, next_unit) - dy);
+          const Unit place = plan.At(filter + slot, unit);
+          sums.Add(slot, place, is_last ? place : plan.At(next_filter, next_unit));
         }
       }
       sums.Fold();

@@ -20,8 +20,9 @@ struct Part {
   int64_t row, rows, column, columns;
 };
 
-// What is done for a part of each plane of a task. It is listed once, as it is the same for each of
-// them but for where the plane lies: of small planes it would take longer to list than to do.
+// What is done for a part of each slice of a task. It is listed once, as it is the same for each of
+// them but for where the slice lies, and which taps of the depth meet it: of small slices it would take
+// longer to list than to do.
 class Steps {
  public:
   // Lines that the lists of a part take.
@@ -37,15 +38,31 @@ class Steps {
         in_(phases_ + plan.phase_lines),
         copies_(lists),
         sums_(lists + ListIn<Copy>::Lines(Copies(plan.call))) {
-    for (int64_t source = 0; source < call_.Sources(); ++source) ListCopies(source);
+    for (int64_t k = 0; k < call_.depth.kernel; ++k) {
+      for (int64_t source = 0; source < call_.Sources(); ++source) ListCopies(k, source);
+    }
     for (int64_t phase = 0; phase < call_.rows.OutPhases(); ++phase) ListRowPhase(phase);
+    ListPieces();
   }
 
-  // For the plane whose input and result start there. What the next plane reads lies `ahead` bytes
-  // further.
+  // What comes next is that slice of a plane.
+  void BeginSlice(int64_t slice) {
+    bool is_other = false;
+    for (int64_t k = 0; k < call_.depth.kernel; ++k) {
+      const int64_t read = call_.depth.Read(k, slice);
+      is_other |= (read < 0) != (std::exchange(slices_[k], read) < 0);
+    }
+    if (is_other) ListPieces();
+  }
+
+  // For the plane whose input and the slice of whose result start there. What is read next lies `ahead`
+  // bytes further.
   void Run(const char* in, const Line* weights, char* out, int64_t ahead) {
+    const int64_t slice_bytes = call_.in.slice * call_.kernels.element_size;
     for (Copy& copy : copies_) {
-      copy.rows.from = in + copy.from;
+      const int64_t slice = slices_[copy.k];
+      if (slice < 0) continue;
+      copy.rows.from = in + slice * slice_bytes + copy.from;
       copy.rows.ahead = ahead;
       call_.kernels.row_moves->copy(copy.rows);
       // The zeros around it are there now.
@@ -65,10 +82,15 @@ class Steps {
   }
 
  private:
-  // Of a plane: bytes from its first element.
+  // Of what a tap of the depth reads: bytes from the first element of the slice.
   struct Copy {
     RowCopy rows;
     int64_t from;
+    int64_t k;
+  };
+  struct Piece {
+    RowPiece rows;
+    int64_t k;
   };
   struct Sum {
     RowConvolution rows;
@@ -78,20 +100,20 @@ class Steps {
   struct RowPhase {
     RowInterleave rows;
     int64_t out;
-    int64_t sums_end;
+    int64_t sums_end, pieces_end;
   };
 
   static int64_t Copies(const RowCall& call) {
-    return call.Sources() * call.rows.regions.Size() * call.columns.regions.Size();
+    return call.AllSources() * call.rows.regions.Size() * call.columns.regions.Size();
   }
 
   // Whether columns of the result are computed phase by phase, and stored when all of them are there.
   bool HasPhases() const { return call_.columns.write_step > 1; }
 
-  void ListCopies(int64_t source) {
+  void ListCopies(int64_t k, int64_t source) {
     const RowAxis &rows = call_.rows, &columns = call_.columns;
     const int64_t row_bytes = plan_.in_step * sizeof(Line) / plan_.lanes;
-    Line* const to = in_ + source * plan_.source_lines;
+    Line* const to = in_ + (k * call_.Sources() + source) * plan_.source_lines;
     for (int64_t i = 0; i < rows.regions.Size(); ++i) {
       const RowRegion& region = rows.regions[i];
       const int64_t first = part_.row + region.first, count = part_.rows + region.extra;
@@ -115,7 +137,7 @@ class Steps {
         copies_.Add(
             {CopyOf(window, plan_.pixels, call_.in.row, to, (start + begin) * plan_.in_step + values,
                     plan_.in_step),
-             (window.First(call_.in) + source * call_.SourceStep()) * call_.kernels.element_size});
+             (window.First(call_.in) + source * call_.SourceStep()) * call_.kernels.element_size, k});
       }
     }
   }
@@ -129,11 +151,15 @@ class Steps {
     const int64_t count = std::min(part_.rows, rows.OutSize(row_phase) - part_.row);
     const RowPiece* const pieces = pieces_ + piece_count_;
     const RowAxis::Range taps = rows.Meeting(row_phase);
+    const int64_t sources = call_.Sources(), slices = call_.depth.kernel;
     for (int64_t i = taps.begin; i < taps.end; ++i) {
-      for (int64_t source = 0; source < call_.Sources(); ++source) {
-        pieces_[piece_count_++] = {
-            rows.Read(i, plan_.band) * plan_.in_step + source * plan_.source_lines * plan_.lanes,
-            (rows.Before(i) + source * rows.kernel) * columns.kernel, rows.taps[i].count};
+      for (int64_t j = 0; j < slices * sources; ++j) {
+        const int64_t k = j / sources, source = j % sources;
+        const RowPiece piece{
+            rows.Read(i, plan_.band) * plan_.in_step + j * plan_.source_lines * plan_.lanes,
+            (rows.Before(i) + (source * slices + k) * rows.kernel) * columns.kernel,
+            rows.taps[i].count};
+        listed_[piece_count_++] = {piece, k};
       }
     }
     RowPhase phase{};
@@ -157,17 +183,31 @@ class Steps {
                     .to = nullptr,
                     .to_step = rows.write_step * call_.out.row};
     }
-    phase.sums_end = sums_.Size();
+    phase.sums_end = sums_.Size(), phase.pieces_end = piece_count_;
     row_phases_.Add(phase);
   }
 
-  // One phase of rows and of columns. What no tap meets is a sum of nothing.
+  // The pieces of the slices that are read. What no tap meets is a sum of nothing.
+  void ListPieces() {
+    int64_t i = 0;
+    Sum* sum = sums_.begin();
+    for (const RowPhase& phase : row_phases_) {
+      RowPiece *const first = pieces_ + i, *end = first;
+      for (; i < phase.pieces_end; ++i) {
+        if (slices_[listed_[i].k] >= 0) *end++ = listed_[i].rows;
+      }
+      for (; sum < sums_.begin() + phase.sums_end; ++sum) {
+        sum->rows.piece_count = sum->rows.column_count > 0 ? end - first : 0;
+      }
+    }
+  }
+
+  // One phase of rows and of columns.
   void ListSums(const RowPiece* pieces, int64_t column_phase, int64_t count, char* to, int64_t out,
                 int64_t out_step) {
     const RowAxis &rows = call_.rows, &columns = call_.columns;
     const RowAxis::Range taps = columns.Meeting(column_phase);
     const int64_t first = columns.Before(taps.begin), column_count = columns.Before(taps.end) - first;
-    const int64_t piece_count = column_count > 0 ? pieces_ + piece_count_ - pieces : 0;
     const int64_t width = part_.columns * plan_.period, element = call_.kernels.element_size;
     // Rows of the result that a dilated filter takes to the same rows.
     for (int64_t row = 0; row < std::min(rows.dilation, count); ++row) {
@@ -180,7 +220,7 @@ class Steps {
                                   .repeats = plan_.repeats,
                                   .read_before = value % plan_.repeats,
                                   .pieces = pieces,
-                                  .piece_count = piece_count,
+                                  .piece_count = 0,
                                   .columns = plan_.reads.data() + first,
                                   .column_count = column_count,
                                   .weights = nullptr,
@@ -202,6 +242,8 @@ class Steps {
   Line *const phases_, *const in_;
   ListIn<Copy> copies_;
   ListIn<Sum> sums_;
+  int64_t slices_[kMostPieces]{};  // that the taps of the depth read, or -1
+  Piece listed_[kMostPieces];      // of all of them
   RowPiece pieces_[kMostPieces];
   int64_t piece_count_ = 0;
   Few<RowPhase> row_phases_;
@@ -221,14 +263,16 @@ void PackFilter(const RowPlan& plan, const std::vector<int64_t>& taps, int64_t f
   }
 }
 
-// A plane of the result, in the order in which they are computed: that of memory, but that all images
-// come before the next few filters, which are packed once for them.
-struct Plane {
+// A slice of a plane of the result, in the order in which they are computed: that of memory, but that
+// all images come before the next few filters, which are packed once for them.
+struct Place {
   const RowPlan& plan;
   const int64_t channels;
-  int64_t problem, image, block, slot;
+  int64_t problem, image, block, slot, slice;
 
-  Plane(const RowPlan& plan, int64_t index) : plan(plan), channels(plan.call.Planes()) {
+  Place(const RowPlan& plan, int64_t index)
+      : plan(plan), channels(plan.call.Planes()), slice(index % plan.call.depth.out) {
+    index /= plan.call.depth.out;
     const int64_t of_problem = plan.call.sizes.batch * channels;
     const int64_t of_block = plan.call.sizes.batch * plan.filters;
     problem = index / of_problem;
@@ -242,9 +286,15 @@ struct Plane {
   int64_t Filter() const { return problem * channels + Channel(); }
   int64_t Image() const { return problem * plan.call.sizes.batch + image; }
   int64_t In() const { return Image() * plan.call.in.image + plan.call.InPlane(Channel()); }
-  int64_t Out() const { return Image() * plan.call.out.image + plan.call.OutPlane(Channel()); }
+  int64_t Out() const {
+    return Image() * plan.call.out.image + plan.call.OutPlane(Channel()) + slice * plan.call.out.slice;
+  }
+  // Where it reads, from where others read, but for the padding.
+  int64_t Reads() const { return In() + slice * plan.call.depth.Between() * plan.call.in.slice; }
 
   void Next() {
+    if (++slice < plan.call.depth.out) return;
+    slice = 0;
     if (++slot < Slots()) return;
     slot = 0;
     if (++image < plan.call.sizes.batch) return;
@@ -256,15 +306,18 @@ struct Plane {
 
 }  // namespace
 
-std::vector<int64_t> RowCall::Taps() const {
+std::vector<int64_t> RowCall::Order() const {
   std::vector<int64_t> taps;
-  taps.reserve(rows.kernel * columns.kernel);
-  const std::vector<int64_t> columns_in_order = columns.Order();
-  for (int64_t row : rows.Order()) {
-    for (int64_t column : columns_in_order) taps.push_back(row * columns.kernel + column);
-  }
-  if (is_transposed) {
-    for (int64_t& tap : taps) tap = rows.kernel * columns.kernel - 1 - tap;
+  taps.reserve(Taps());
+  const std::vector<int64_t> rows_in_order = rows.Order(), columns_in_order = columns.Order();
+  for (int64_t end = sizes.SliceTaps(); end <= Taps(); end += sizes.SliceTaps()) {
+    const int64_t first = end - sizes.SliceTaps();
+    for (int64_t row : rows_in_order) {
+      for (int64_t column : columns_in_order) {
+        const int64_t tap = row * columns.kernel + column;
+        taps.push_back(is_transposed ? end - 1 - tap : first + tap);
+      }
+    }
   }
   return taps;
 }
@@ -275,7 +328,7 @@ std::vector<int64_t> RowCall::Taps() const {
 // worth it: of 56x56 pixels 9 values with 7x7 taps take 0.7 of the time, 12 values with 3x3 taps 0.92,
 // but 15 values 1.1.
 int64_t RowCall::LineStep() const {
-  const int64_t lanes = kernels.lanes, period = Period(), taps = rows.kernel * columns.kernel;
+  const int64_t lanes = kernels.lanes, period = Period(), taps = Taps();
   const int64_t whole = lanes / period * period, multiple = std::lcm(lanes, period);
   if (whole == 0 || whole == lanes) return multiple;
   if (4 * whole > 3 * lanes) return whole;
@@ -315,9 +368,9 @@ RowCopy CopyOf(const RowWindow& window, RowPixels pixels, int64_t row_step, Line
 
 void ConvolveRows(ffi::ThreadPool& pool, const RowCall& call) {
   const RowPlan plan(call, pool.num_threads());
-  const std::vector<int64_t> taps = call.Taps();
+  const std::vector<int64_t> taps = call.Order();
   const int64_t element = call.kernels.element_size;
-  PreferHugePages(call.out.data, call.sizes.problems * call.sizes.batch * call.out.image * element);
+  PreferHugePages(call.out.data, call.sizes.problems * call.out.problem * element);
   const int64_t lines = plan.lines + Steps::ListLines(plan);
   ParallelFor(pool, plan.threads, plan.groups * plan.bands * plan.tiles, lines,
               [&](Scratch& scratch, int64_t task) {
@@ -331,17 +384,18 @@ void ConvolveRows(ffi::ThreadPool& pool, const RowCall& call) {
                              std::min(plan.tile, call.columns.OutSize(0) - column)},
                             filters + plan.filters * plan.weight_lines, filters + plan.lines);
                 const int64_t first = group * plan.group,
-                              end = std::min(first + plan.group, plan.planes);
-                Plane plane(plan, first);
+                              end = std::min(first + plan.group, plan.slices);
+                Place place(plan, first);
                 for (int64_t i = first; i < end; ++i) {
-                  Line* const weights = filters + plane.slot * plan.weight_lines;
-                  if (std::exchange(scratch.held[plane.slot], plane.Filter()) != plane.Filter()) {
-                    PackFilter(plan, taps, plane.Filter(), weights);
+                  Line* const weights = filters + place.slot * plan.weight_lines;
+                  if (std::exchange(scratch.held[place.slot], place.Filter()) != place.Filter()) {
+                    PackFilter(plan, taps, place.Filter(), weights);
                   }
-                  const int64_t in = plane.In(), out = plane.Out();
-                  plane.Next();
+                  steps.BeginSlice(place.slice);
+                  const int64_t in = place.In(), out = place.Out(), reads = place.Reads();
+                  place.Next();
                   // No processor foresees what lies on another page.
-                  const int64_t ahead = i + 1 < end ? plane.In() - in : 0;
+                  const int64_t ahead = i + 1 < end ? place.Reads() - reads : 0;
                   steps.Run(call.in.data + in * element, weights, call.out.data + out * element,
                             ahead * element);
                 }

@@ -6,13 +6,14 @@
 #include <new>
 #include <numeric>
 
+#include "depth_axis.h"
 #include "row_axis.h"
 #include "row_lanes.h"
 #include "runtime.h"
 
 namespace jax_dwbp {
 
-// A forward op, or an input gradient, which is a transposed one of the flipped filter.
+// A forward op, or an input gradient, which is a transposed one of the filter with flipped slices.
 // For a filter gradient `in` is the input and `out` the gradient by the result.
 //
 // Of a depth multiplier each value of the input is repeated as often as it has results or, where these
@@ -21,12 +22,14 @@ struct RowCall {
   const Kernels& kernels;
   Sizes sizes;
   bool channels_first, is_transposed;
+  DepthAxis depth;
   RowAxis rows, columns;
   Tensor in, filter, out;
 
   int64_t Sources() const { return is_transposed ? sizes.multiplier : 1; }
   int64_t Repeats() const { return is_transposed || channels_first ? 1 : sizes.multiplier; }
-  // Values of a pixel that lie side by side, with weights of their own, and planes of an image.
+  // Values of a pixel that lie side by side, with weights of their own, and planes of an image, each of
+  // them of all slices.
   int64_t Period() const { return channels_first ? 1 : sizes.channels * Repeats(); }
   // From one line of a row to the next that has the same weights, and how many have weights of their
   // own.
@@ -35,14 +38,19 @@ struct RowCall {
   int64_t Planes() const {
     return channels_first ? sizes.channels * (is_transposed ? 1 : sizes.multiplier) : 1;
   }
+  int64_t Taps() const { return depth.kernel * sizes.SliceTaps(); }
+  // Of all problems.
+  int64_t Slices() const { return sizes.problems * sizes.batch * Planes() * depth.out; }
   // Of a plane: the first elements of what it reads, of its weights and of its result.
   int64_t InPlane(int64_t plane) const {
-    return (is_transposed ? plane * sizes.multiplier : plane / sizes.multiplier) * in.depth;
+    return (is_transposed ? plane * sizes.multiplier : plane / sizes.multiplier) * in.channel;
   }
   int64_t FilterPlane(int64_t plane) const { return plane * Sources(); }
-  int64_t OutPlane(int64_t plane) const { return plane * out.depth; }
-  // From one source to the next.
-  int64_t SourceStep() const { return channels_first ? in.depth : 1; }
+  int64_t OutPlane(int64_t plane) const { return plane * out.channel; }
+  // What is packed for a slice of the result: the sources of each tap of the depth.
+  int64_t AllSources() const { return depth.kernel * Sources(); }
+  // From one source of a slice to the next.
+  int64_t SourceStep() const { return channels_first ? in.channel : 1; }
   // How a pixel is packed whose values are repeated so often.
   RowPixels InPixels(int64_t repeats) const {
     return {Period() / Repeats() * repeats, repeats, channels_first ? 1 : Sources(), in.column};
@@ -55,8 +63,8 @@ struct RowCall {
   int64_t ValueStep() const { return Sources(); }
   // Whether no rows of the result are computed together, as none meet the same rows.
   bool ByRow() const { return rows.MostTaps() == 1 || rows.OutSize(0) <= rows.dilation; }
-  // The taps of the filter, in the order in which they are packed.
-  std::vector<int64_t> Taps() const;
+  // The taps of the filter, in the order in which they are packed: slice by slice.
+  std::vector<int64_t> Order() const;
 };
 
 void ConvolveRows(ffi::ThreadPool& pool, const RowCall& call);

@@ -21,6 +21,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "depth_axis.h"
 #include "kernels.h"
 #include "row_axis.h"
 #include "xla/ffi/api/ffi.h"
@@ -38,23 +39,27 @@ constexpr int kSpins = 200;
 
 struct Sizes {
   int64_t problems, batch, channels, multiplier, kernel_rows, kernel_columns;
+
+  // Of a slice of the filter.
+  int64_t SliceTaps() const { return kernel_rows * kernel_columns; }
 };
 
 // ---------------------------------------------------------------------------------------------------
 // Memory.
 
-// An array of the caller, [G,N,H,W,D] or [G,N,D,H,W]. Steps are in elements.
+// An array of the caller, [G,N,D,H,W,C] or [G,N,C,D,H,W]. Steps are in elements.
 struct Tensor {
   char* data;
-  int64_t problem, image, row, column, depth;
+  int64_t problem, image, slice, row, column, channel;
 
   Tensor(void* data, const int64_t* sizes, bool channels_first)
       : data(static_cast<char*>(data)),
-        problem(sizes[1] * sizes[2] * sizes[3] * sizes[4]),
-        image(sizes[2] * sizes[3] * sizes[4]),
-        row(channels_first ? sizes[4] : sizes[3] * sizes[4]),
-        column(channels_first ? 1 : sizes[4]),
-        depth(channels_first ? sizes[3] * sizes[4] : 1) {}
+        problem(sizes[1] * sizes[2] * sizes[3] * sizes[4] * sizes[5]),
+        image(sizes[2] * sizes[3] * sizes[4] * sizes[5]),
+        slice(sizes[4] * sizes[5] * (channels_first ? 1 : sizes[3])),
+        row(channels_first ? sizes[5] : sizes[4] * sizes[5]),
+        column(channels_first ? 1 : sizes[5]),
+        channel(channels_first ? sizes[3] * sizes[4] * sizes[5] : 1) {}
 };
 
 // What a thread works in.
@@ -62,6 +67,7 @@ struct Scratch {
   std::unique_ptr<Line[]> memory;
   int64_t capacity = 0;
   std::vector<int64_t> held;  // for each slot, which row or filter is packed there
+  std::vector<DepthTap> met;  // that write a slice
   std::vector<const char*> rows;
   std::vector<const Line*> weights[2];
   std::vector<Line*> sums;
