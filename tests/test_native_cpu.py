@@ -129,7 +129,7 @@ def test_channels_first_is_one_call(op):
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no_such_op": ({"op": "backward"}, "`op` must be forward, input_grad or filter_grad"),
     "op_by_number": ({"op": np.int64(0)}, "Wrong attribute type"),
-    "no_strides": ({"window_strides": []}, "`window_strides` must be one to three positive integers"),
+    "no_strides": ({"window_strides": []}, "`window_strides` must be one to three positive"),
     "four_strides": ({"window_strides": [1] * 4}, "`window_strides` must be one to three"),
     "no_stride": ({"window_strides": [1, 0]}, "`window_strides` must be one to three positive"),
     "one_low": ({"low": [1]}, "`low` must be as many integers as `window_strides`"),
@@ -408,6 +408,137 @@ def test_half_types_that_are_packed(op, dtype):
     a, b = case.operands(op, dtype)
     got = case.run(op, a, b, implementation="native_cpu")
     case.check(op, got, case.expected(op, a, b), dtype)
+
+
+@compiled
+@every_op
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("input", (2, 1, 1, 40), (2, 2, 40, 1), padding=((1, 1), (1, 1))),
+        Case("result", (2, 3, 4, 40), (3, 4, 40, 1), padding="VALID"),
+    ],
+    ids=str,
+)
+def test_half_types_of_which_one_array_has_single_pixels(op, case, dtype):
+    """Channels lie side by side in its planes too, but not in those of the other array."""
+    a, b = case.operands(op, dtype)
+    got = case.run(op, a, b, "NCHW", implementation="native_cpu")
+    case.check(op, got, case.expected(op, a, b), dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Depth:
+    """The first of three spatial axes."""
+
+    size: int
+    kernel: int
+    stride: int = 1
+    pads: tuple[int, int] = (0, 0)
+    dilation: int = 1
+
+    @property
+    def out(self):
+        reach = (self.kernel - 1) * self.dilation + 1
+        return (self.size + sum(self.pads) - reach) // self.stride + 1
+
+    def met(self):
+        """(slice of x, tap, slice of y) of all that meet."""
+        for out, k in itertools.product(range(self.out), range(self.kernel)):
+            read = out * self.stride - self.pads[0] + k * self.dilation
+            if 0 <= read < self.size:
+                yield read, k, out
+
+
+DEPTHS = (
+    Depth(5, 3, pads=(1, 1)),
+    Depth(6, 3, 2, (0, 1)),
+    Depth(7, 4, 3, (2, 4), 2),
+    Depth(3, 5, pads=(4, 3)),  # the first and the last slice meet one tap
+    Depth(4, 1),
+    Depth(3, 1, 2, (2, 2)),  # of which some meet nothing
+)
+# By channels in place and packed, by rows, by planes.
+SLICES = (
+    Case("lines", (2, 6, 7, 16), (3, 3, 16, 1)),
+    Case("packed", (1, 5, 6, 35), (5, 3, 35, 2), (2, 2)),
+    Case("large", (1, 9, 9, 32), (8, 8, 32, 1)),
+    Case("rows", (2, 9, 20, 3), (3, 4, 3, 1), dilations=(2, 1)),
+    Case("strided_rows", (1, 11, 30, 2), (3, 3, 2, 2), (2, 2)),
+    Case("planes", (9, 8, 7, 2), (3, 3, 2, 1)),
+)
+
+
+@compiled
+@every_op
+@covering(depth=DEPTHS, case=SLICES, dtype=("float32", "float16"), data_format=("NHWC", "NCHW"))
+def test_depth(op, depth, case, dtype, data_format):
+    """Each slice is a sum over the taps of the depth, rounded once: small integers are exact."""
+    (n, *image), (*kernel, c, m), (_, *result) = case.input, case.filter, case.output
+    shapes = {
+        "x": (n, depth.size, *image),
+        "f": (depth.kernel, *kernel, c, m),
+        "y": (n, depth.out, *result),
+    }
+    operands, (which,) = {
+        "forward": ("xf", "y"),
+        "input_grad": ("fy", "x"),
+        "filter_grad": ("xy", "f"),
+    }[op]
+    random = np.random.default_rng(0)
+    a, b = (random.integers(-3, 4, shapes[name]).astype(dtype) for name in operands)
+    want = np.zeros(shapes[which])
+    for read, k, out in depth.met():
+        at = {"x": (slice(None), read), "f": k, "y": (slice(None), out)}
+        want[at[which]] += case.expected(op, a[at[operands[0]]], b[at[operands[1]]])
+
+    channels_first = data_format == "NCHW"
+    outside = [
+        np.moveaxis(array, -1, 1) if channels_first and name != "f" else array
+        for array, name in ((a, operands[0]), (b, operands[1]), (want, which))
+    ]
+    lows = [low for low, _ in case.spec().padding]
+    got = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(outside[2].shape, dtype))(
+        *outside[:2],
+        op=op,
+        window_strides=np.array((depth.stride, *case.strides)),
+        low=np.array((depth.pads[0], *lows)),
+        rhs_dilation=np.array((depth.dilation, *case.dilations)),
+        channels_first=channels_first,
+    )
+    np.testing.assert_array_equal(np.asarray(got), outside[2].astype(dtype))
+
+
+@compiled
+@every_op
+@pytest.mark.parametrize("shape", [(2, 40, 3), (2, 3, 40)], ids=str)
+def test_one_axis_is_a_row(op, shape):
+    """With or without an axis of size 1 before it."""
+    results = []
+    for more in ((), (1,)):
+        n, size, c = shape
+        arrays = {
+            "x": (n, *more, size, c),
+            "f": (*more, min(size, 5), c, 2),
+            "y": (n, *more, size, 2 * c),
+        }
+        random = np.random.default_rng(0)
+        made = {
+            name: random.uniform(-1, 1, array).astype("float32") for name, array in arrays.items()
+        }
+        operands = {"forward": "xf", "input_grad": "fy", "filter_grad": "xy"}[op]
+        [result] = set(arrays) - set(operands)
+        got = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(arrays[result], "float32"))(
+            *(made[name] for name in operands),
+            op=op,
+            window_strides=np.array((*more, 1)),
+            low=np.array((*(0 for _ in more), 2)),
+            rhs_dilation=np.array((*more, 1)),
+            channels_first=False,
+        )
+        results.append(np.asarray(got).ravel())
+    np.testing.assert_array_equal(*results)
 
 
 @compiled

@@ -107,10 +107,10 @@ FORWARD, INPUT_GRAD = (
 FAULTS = [
     *faults(
         NATIVE_CPU,
-        ("values[1] >= 1;", "values[1] >= 0;", FITS),
-        ("if (low.size() != 2)", "if (low.size() > 2)", FITS),
+        ("return value >= 1;", "return value >= 0;", FITS),
+        ("if (low.size() != axes)", "if (low.size() > axes)", FITS),
         ("if (!shared_filter && f[0] != x[0])", "if (false)", FITS),
-        ("y[depth] != f[3] * f[4]", "y[depth] < f[3]", FITS),
+        ("y[channels] != f[4] * f[5]", "y[channels] < f[4]", FITS),
         (
             "int64_t* shape : {xs, ys}",
             "int64_t* shape : {xs}",
@@ -158,8 +158,8 @@ FAULTS = [
     *faults(
         CHANNEL_RING_H,
         (
-            "image + rows.Element(tap, position) * plan.row_bytes",
-            "image + position * rows.read_step * plan.row_bytes",
+            "rows.Element(tap, position) * plan.row_bytes",
+            "position * rows.read_step * plan.row_bytes",
             LARGE,
         ),
         ("ring + slot * plan.row_lines", "ring + slot % plan.slots * plan.row_lines", CHANNELS),
@@ -171,7 +171,7 @@ FAULTS = [
             "out_row + rows.write_step <= rows.write_size;",
             LARGE,
         ),
-        ("List(tap, t + 1, tap.k)", "List(tap, t, tap.k)", LARGE),
+        ("List(i, tap, t + 1, tap.k)", "List(i, tap, t, tap.k)", LARGE),
         ("place.problem * plan.chunks + place.chunk;", "place.problem;", ALL),
         # Two threads that write the same: no value changes.
         (
@@ -183,11 +183,11 @@ FAULTS = [
     *faults(
         CHANNEL_REDUCTION,
         (
-            "std::exchange(held_image, image) != image",
-            "std::exchange(held_image, image) < 0",
+            "std::exchange(held_slice, slice) != slice",
+            "std::exchange(held_slice, slice) < 0",
             CHANNELS,
         ),
-        ("call.kernels.element_size == 2 ? call.sizes.multiplier : 1", "1", ALL),
+        ("call.kernels.element_size == 2 ?", "false ?", ALL),
         ("kReductionRows = 32", "kReductionRows = int64_t{1} << 40", CHAINS),
         ("part += 2 * step", "part += 3 * step", ALL),
         # A read out of bounds: no value changes.
@@ -205,8 +205,8 @@ FAULTS = [
         CHANNEL_MOVES,
         ("      if (p >= spans[i].end) continue;\n", "", LARGE),
         (
-            "S* values = to + (l * copy.multiplier + m) * copy.depth_step",
-            "S* values = to + (m * lanes + l) * copy.depth_step",
+            "S* values = to + (l * copy.multiplier + m) * copy.channel_step",
+            "S* values = to + (m * lanes + l) * copy.channel_step",
             TURNED,
         ),
         ("memcpy(line, lines + t,", "memcpy(line, lines,", PACKED),
@@ -268,7 +268,7 @@ FAULTS = [
     ),
     *faults(
         RUNTIME,
-        ("row(channels_first ? sizes[4]", "row(channels_first ? sizes[3]", LARGE),
+        ("row(channels_first ? sizes[5]", "row(channels_first ? sizes[4]", LARGE),
         ("scratch.filter = scratch.tile = -1;", "scratch.tile = -1;", FORWARD),
         ("scratch.filter = scratch.tile = -1;", "scratch.filter = -1;", CHANNELS),
         ("if (loop->failed) std::rethrow_exception(loop->error);", "", SANITIZERS),
@@ -317,7 +317,7 @@ FAULTS = [
             "reads.push_back(down * rows.in + right)",
             PLANES,
         ),
-        ("image * call.in.image + call.InPlane(channel)", "plane * call.in.depth", PLANES),
+        ("image * call.in.image + call.InPlane(channel)", "plane * call.in.channel", PLANES),
         ("problem * call.filter.problem + ", "", "tests/test_native_cpu.py -k many_problems"),
         ("tap * call.TapStep()", "tap * call.sizes.channels", PLANES),
     ),
@@ -336,7 +336,7 @@ FAULTS = [
     ),
     *faults(
         ROW_SCHEDULE,
-        ("std::exchange(scratch.held[plane.slot], plane.Filter())", "plane.slot", ROWS),
+        ("std::exchange(scratch.held[place.slot], place.Filter())", "place.slot", ROWS),
         (
             "return std::min(plan.filters, channels - block * plan.filters)",
             "return plan.filters",
@@ -346,8 +346,8 @@ FAULTS = [
         ("(count - end) * row_bytes", "0", ROWS),
         ("CeilDiv(count - row, rows.dilation)", "count / rows.dilation", ROWS),
         ("columns.out - first_column)", "columns.out)", ROWS),
-        (" + source * plan_.source_lines * plan_.lanes", "", ROWS),
-        ("(rows.Before(i) + source * rows.kernel)", "rows.Before(i)", ROWS),
+        (" + j * plan_.source_lines * plan_.lanes", "", ROWS),
+        ("(rows.Before(i) + (source * slices + k) * rows.kernel)", "rows.Before(i)", ROWS),
         ("value % plan_.repeats", "0", ROWS),
     ),
     *faults(
@@ -355,7 +355,7 @@ FAULTS = [
         ("if (columns * plan_.period != values_) Fold();", "", ROWS),
         ("band != band_ || tile != tile_", "band != band_", ROWS),
         ("call.out.row * call.rows.out - lanes", "call.out.row * call.rows.out", SANITIZERS),
-        ("lines_ + slot * plan_.SumLines() + corr.sums", "lines_ + corr.sums", ROWS),
+        ("lines_ + slot * plan_.SumLines();\n    for", "lines_;\n    for", ROWS),
         ("std::max<int64_t>(0, row + region.first)", "row + region.first", SANITIZERS),
         ("call.rows.Before(i) * call.columns.kernel + call.columns.Before(j)", "0", ROWS),
         ("kFoldLines = 2048", "kFoldLines = int64_t{1} << 40", LIKE),

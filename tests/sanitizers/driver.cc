@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <new>
 #include <random>
@@ -17,6 +16,7 @@
 #include <vector>
 
 #include "../../jax_dwbp/_impl/native/kernels.h"
+#include "arrays.h"
 #include "host.h"
 
 // The vector code is compiled for one instruction set, the one that the kernel chooses on this machine.
@@ -54,111 +54,41 @@ void operator delete(void* memory, size_t, std::align_val_t) noexcept { std::fre
 namespace {
 
 // ---------------------------------------------------------------------------------------------------
-// Arrays.
-
-struct Type {
-  XLA_FFI_DataType code;
-  const char* name;
-  int64_t size;
-  double rounding;  // by how much of it a result may be off, being rounded to this type
-};
-constexpr Type kTypes[] = {{XLA_FFI_DataType_F16, "float16", 2, 0x1p-11},
-                           {XLA_FFI_DataType_BF16, "bfloat16", 2, 0x1p-8},
-                           {XLA_FFI_DataType_F32, "float32", 4, 0},
-                           {XLA_FFI_DataType_F64, "float64", 8, 0}};
-
-template <typename T>
-void Write(T value, char* to) {
-  std::memcpy(to, &value, sizeof(T));
-}
-template <typename T>
-T Read(const char* from) {
-  T value;
-  std::memcpy(&value, from, sizeof(T));
-  return value;
-}
-
-// A bfloat16 is the upper half of a float32, whose lower half is zero for small integers.
-void Store(const Type& type, double value, char* to) {
-  if (type.code == XLA_FFI_DataType_F64) return Write(value, to);
-  if (type.code == XLA_FFI_DataType_F16) return Write(static_cast<_Float16>(value), to);
-  char single[4];
-  Write(static_cast<float>(value), single);
-  std::memcpy(to, single + 4 - type.size, type.size);
-}
-double Load(const Type& type, const char* from) {
-  if (type.code == XLA_FFI_DataType_F64) return Read<double>(from);
-  if (type.code == XLA_FFI_DataType_F16) return static_cast<double>(Read<_Float16>(from));
-  char single[4] = {};
-  std::memcpy(single + 4 - type.size, from, type.size);
-  return Read<float>(single);
-}
-
-// [G,N,H,W,D], or [G,R,S,C,M] of a filter, where G is an axis of problems.
-struct Array {
-  int64_t dims[5];
-  std::vector<double> values;
-
-  Array(int64_t g, int64_t n, int64_t h, int64_t w, int64_t d)
-      : dims{g, n, h, w, d}, values(g * n * h * w * d) {}
-  double* At(int64_t i, int64_t j, int64_t k, int64_t l) {
-    return &values[(((i * dims[1] + j) * dims[2] + k) * dims[3] + l) * dims[4]];
-  }
-};
-
-// An array as the kernel gets it.
-struct Buffer {
-  const Type& type;
-  const Array& array;
-  std::vector<int64_t> order;  // of the array's values
-  std::vector<int64_t> dims;
-  std::vector<char> bytes;
-
-  Buffer(const Type& type, const Array& array, bool channels_first, bool has_problems)
-      : type(type), array(array), dims(array.dims + !has_problems, array.dims + 5) {
-    // Not a number, which a result that is not written remains.
-    bytes.assign(array.values.size() * type.size, '\xff');
-    const int64_t depths = array.dims[4], pixels = array.dims[2] * array.dims[3];
-    for (int64_t image = 0; image < array.dims[0] * array.dims[1]; ++image) {
-      for (int64_t i = 0; i < pixels * depths; ++i) {
-        const int64_t in_image = channels_first ? i % pixels * depths + i / pixels : i;
-        order.push_back(image * pixels * depths + in_image);
-      }
-    }
-    if (channels_first) std::rotate(dims.end() - 3, dims.end() - 1, dims.end());
-  }
-  void Fill() {
-    for (size_t i = 0; i < order.size(); ++i) {
-      Store(type, array.values[order[i]], bytes.data() + i * type.size);
-    }
-  }
-  bool IsRight() const {
-    for (size_t i = 0; i < order.size(); ++i) {
-      const double want = array.values[order[i]], got = Load(type, bytes.data() + i * type.size);
-      if (!(std::abs(got - want) <= std::abs(want) * type.rounding)) return false;
-    }
-    return true;
-  }
-  XLA_FFI_Buffer ForXla() {
-    const int64_t rank = dims.size();
-    return {XLA_FFI_Buffer_STRUCT_SIZE, nullptr, type.code, bytes.data(), rank, dims.data()};
-  }
-};
-
-// ---------------------------------------------------------------------------------------------------
 // Problems.
 
 enum Op : int64_t { kForward, kInputGrad, kFilterGrad };
 constexpr const char* kOps[] = {"forward", "input_grad", "filter_grad"};
 
+struct Axis {
+  int64_t size = 1, kernel = 1, stride = 1, low = 0, high = 0, dilation = 1;
+
+  int64_t Out() const {
+    const int64_t reach = (kernel - 1) * dilation + 1, padded = size + low + high;
+    return padded < reach ? 0 : (padded - reach) / stride + 1;
+  }
+  // What tap k reads to write p, or -1.
+  int64_t Read(int64_t p, int64_t k) const {
+    const int64_t read = p * stride - low + k * dilation;
+    return 0 <= read && read < size ? read : -1;
+  }
+  // Whether it can be left out.
+  bool IsNone() const { return size == 1 && kernel == 1 && Out() == 1; }
+};
+
+// Of rows and columns, and of what more there is.
 struct Spec {
   int64_t batch, size[2], channels, kernel[2], multiplier;
   int64_t stride[2] = {1, 1}, low[2] = {0, 0}, high[2] = {0, 0}, dilation[2] = {1, 1};
+  Axis depth{};
 
-  int64_t Out(int i) const {
-    const int64_t reach = (kernel[i] - 1) * dilation[i] + 1, padded = size[i] + low[i] + high[i];
-    return padded < reach ? 0 : (padded - reach) / stride[i] + 1;
+  Axis Of(int axis) const {
+    if (axis == 0) return depth;
+    const int i = axis - 1;
+    return {size[i], kernel[i], stride[i], low[i], high[i], dilation[i]};
   }
+  bool IsEmpty() const { return Of(0).Out() == 0 || Of(1).Out() == 0 || Of(2).Out() == 0; }
+  // The axes that there are at least.
+  int LeastAxes() const { return !Of(0).IsNone() ? 3 : !Of(1).IsNone() ? 2 : 1; }
 };
 
 // Random operands of an op, and what it makes of them.
@@ -167,45 +97,63 @@ struct Problem {
   Op op;
   int64_t problems;  // 0 if there is no axis of them
   bool shared;       // is the filter
+  int axes;
+  Axis depth, rows, columns;
   Array x, f, y;
 
-  Problem(const Spec& spec, Op op, int64_t problems, bool shared, std::mt19937& random)
+  Problem(const Spec& spec, Op op, int64_t problems, bool shared, int axes, std::mt19937& random)
       : spec(spec),
         op(op),
         problems(problems),
         shared(shared),
-        x(std::max<int64_t>(problems, 1), spec.batch, spec.size[0], spec.size[1], spec.channels),
-        f(shared ? 1 : x.dims[0], spec.kernel[0], spec.kernel[1], spec.channels, spec.multiplier),
-        y(x.dims[0], spec.batch, spec.Out(0), spec.Out(1), spec.channels * spec.multiplier) {
+        axes(axes),
+        depth(spec.Of(0)),
+        rows(spec.Of(1)),
+        columns(spec.Of(2)),
+        x({std::max<int64_t>(problems, 1), spec.batch, depth.size, rows.size, columns.size,
+           spec.channels}),
+        f({shared ? 1 : x.dims[0], depth.kernel, rows.kernel, columns.kernel, spec.channels,
+           spec.multiplier}),
+        y({x.dims[0], spec.batch, depth.Out(), rows.Out(), columns.Out(),
+           spec.channels * spec.multiplier}) {
     std::uniform_int_distribution<int> digit(-3, 3);
     for (Array* array : {&x, &f, &y}) {
       if (array == (op == kForward ? &y : op == kInputGrad ? &x : &f)) continue;
       for (double& value : array->values) value = digit(random);
     }
     // The ops are derivatives of one trilinear form: sums of products of an x, an f and a y that meet.
-    for (int64_t p = 0; p < y.dims[2]; ++p) {
-      for (int64_t r = 0; r < spec.kernel[0]; ++r) {
-        const int64_t h = p * spec.stride[0] - spec.low[0] + r * spec.dilation[0];
-        if (0 <= h && h < spec.size[0]) AddRow(p, r, h);
+    for (int64_t o = 0; o < depth.Out(); ++o) {
+      for (int64_t k = 0; k < depth.kernel; ++k) {
+        if (depth.Read(o, k) >= 0) AddSlice(o, k);
       }
     }
   }
 
  private:
-  void AddRow(int64_t p, int64_t r, int64_t h) {
-    for (int64_t q = 0; q < y.dims[3]; ++q) {
-      for (int64_t s = 0; s < spec.kernel[1]; ++s) {
-        const int64_t w = q * spec.stride[1] - spec.low[1] + s * spec.dilation[1];
-        if (w < 0 || w >= spec.size[1]) continue;
+  void AddSlice(int64_t o, int64_t k) {
+    for (int64_t p = 0; p < rows.Out(); ++p) {
+      for (int64_t r = 0; r < rows.kernel; ++r) {
+        if (rows.Read(p, r) >= 0) AddRow(o, k, p, r);
+      }
+    }
+  }
+  void AddRow(int64_t o, int64_t k, int64_t p, int64_t r) {
+    const int64_t d = depth.Read(o, k), h = rows.Read(p, r);
+    for (int64_t q = 0; q < columns.Out(); ++q) {
+      for (int64_t s = 0; s < columns.kernel; ++s) {
+        const int64_t w = columns.Read(q, s);
+        if (w < 0) continue;
         for (int64_t g = 0; g < x.dims[0]; ++g) {
-          double* const fs = f.At(g % f.dims[0], r, s, 0);
-          for (int64_t n = 0; n < spec.batch; ++n) AddPixel(x.At(g, n, h, w), fs, y.At(g, n, p, q));
+          double* const fs = f.At(g % f.dims[0], {k, r, s, 0});
+          for (int64_t n = 0; n < spec.batch; ++n) {
+            AddPixel(x.At(g, {n, d, h, w}), fs, y.At(g, {n, o, p, q}));
+          }
         }
       }
     }
   }
   void AddPixel(double* xs, double* fs, double* ys) {
-    for (int64_t d = 0; d < y.dims[4]; ++d) {
+    for (int64_t d = 0; d < y.dims[5]; ++d) {
       double &x = xs[d / spec.multiplier], &f = fs[d], &y = ys[d];
       if (op == kForward) y += x * f;
       if (op == kInputGrad) x += f * y;
@@ -221,9 +169,10 @@ void Fail(const Problem& problem, const Type& type, bool channels_first, const c
     text += std::string(" ") + name;
     for (int i = 0; i < count; ++i) text += (i ? "," : "=") + std::to_string(values[i]);
   };
-  add("x", problem.x.dims, 5), add("f", problem.f.dims, 5), add("y", problem.y.dims, 5);
-  add("stride", problem.spec.stride, 2), add("low", problem.spec.low, 2);
-  add("dilation", problem.spec.dilation, 2);
+  add("x", problem.x.dims, 6), add("f", problem.f.dims, 6), add("y", problem.y.dims, 6);
+  for (const Axis& axis : {problem.depth, problem.rows, problem.columns}) {
+    add("stride", &axis.stride, 1), add("low", &axis.low, 1), add("dilation", &axis.dilation, 1);
+  }
   std::printf("%s: %s\n", text.c_str(), why);
   std::fflush(stdout);
   std::_Exit(1);
@@ -232,24 +181,24 @@ void Fail(const Problem& problem, const Type& type, bool channels_first, const c
 // False if the handler had no memory.
 bool Check(const Problem& problem, const Type& type, bool channels_first, Arrival arrival,
            int64_t allocations = INT64_MAX) {
-  const Spec& spec = problem.spec;
   const bool has_problems = problem.problems > 0;
+  const Layout layout{problem.axes, channels_first ? 0 : 1, has_problems};
   XLA_FFI_ExecutionContext pool{arrival};
   bool had_memory = true;
   {
-    Buffer x(type, problem.x, channels_first, has_problems);
-    Buffer f(type, problem.f, false, has_problems && !problem.shared);
-    Buffer y(type, problem.y, channels_first, has_problems);
+    Buffer x(type, problem.x, layout), y(type, problem.y, layout);
+    Buffer f(type, problem.f, {problem.axes, 2, has_problems && !problem.shared});
     Buffer& a = problem.op == kInputGrad ? f : x;
     Buffer& b = problem.op == kForward ? f : y;
     Buffer& result = problem.op == kForward ? y : problem.op == kInputGrad ? x : f;
     a.Fill(), b.Fill();
-    const Request request{kOps[problem.op],
-                          channels_first,
-                          {spec.stride[0], spec.stride[1]},
-                          {spec.low[0], spec.low[1]},
-                          {spec.dilation[0], spec.dilation[1]},
-                          {a.ForXla(), b.ForXla(), result.ForXla()}};
+    Request request{
+        kOps[problem.op], channels_first, {}, {}, {}, {a.ForXla(), b.ForXla(), result.ForXla()}};
+    for (int i = 3 - problem.axes; i < 3; ++i) {
+      const Axis axis = problem.spec.Of(i);
+      request.window_strides.push_back(axis.stride), request.low.push_back(axis.low);
+      request.rhs_dilation.push_back(axis.dilation);
+    }
     allocations_left = allocations;
     const std::unique_ptr<XLA_FFI_Error> error(Handle(request, pool));
     had_memory = !error || error->code != XLA_FFI_Error_Code_RESOURCE_EXHAUSTED;
@@ -289,6 +238,17 @@ const Spec kSmall[] = {
     // Of which 32 bits can't hold the products.
     {1, {3, 4}, 2, {3, 3}, 1, {1, 1}, {kFar, kFar}, {kFar, kFar}, {kFar, kFar}},
     {1, {3, 4}, 2, {2, 2}, 1, {3 * kFar, 3 * kFar}, {3 * kFar - 1, 0}, {kFar, 3 * kFar}},
+    // Volumes: depth with padding, strides, dilation, and where slices are images.
+    {2, {5, 6}, 3, {3, 3}, 1, {1, 1}, {1, 1}, {1, 1}, {1, 1}, {4, 3, 1, 1, 1}},
+    {1, {4, 9}, 1, {3, 2}, 2, {2, 1}, {1, 0}, {1, 1}, {1, 1}, {7, 4, 2, 3, 1}},
+    {1, {7, 3}, 2, {2, 3}, 3, {1, 2}, {0, 1}, {0, 1}, {2, 1}, {8, 3, 3, 4, 6, 2}},
+    {1, {5, 7}, 2, {3, 3}, 1, {1, 1}, {1, 1}, {1, 1}, {1, 1}, {6, 1}},
+    {1, {4, 4}, 2, {1, 1}, 1, {1, 1}, {0, 0}, {0, 0}, {1, 1}, {5, 1, 2, 3, 2}},
+    {1, {3, 5}, 2, {8, 9}, 1, {1, 1}, {4, 4}, {4, 4}, {1, 1}, {2, 5, 1, 2, 2}},
+    {1, {2, 3}, 2, {2, 2}, 2, {1, 1}, {1, 1}, {1, 1}, {1, 1}, {3, 3, 1, kFar, kFar, kFar}},
+    // Of one pixel, whose channels lie side by side in planes too.
+    {1, {1, 1}, 2, {2, 2}, 1, {1, 1}, {1, 1}},
+    {1, {3, 2}, 2, {3, 2}, 1},
 };
 // What several threads do: images, bands of rows, tiles of long rows, chunks of channels, large sums.
 const Spec kLarge[] = {
@@ -307,12 +267,15 @@ const Spec kLarge[] = {
     {1, {1, 9000}, 1, {1, 20}, 1, {1, 1}, {0, 9}, {0, 10}},
     {30, {9, 8}, 5, {3, 3}, 1, {1, 1}, {1, 1}, {1, 1}},
     {1, {23, 19}, 7, {3, 4}, 1, {1, 1}, {3, 3}, {3, 3}, {3, 2}},
+    {1, {12, 11}, 18, {3, 3}, 1, {1, 1}, {1, 1}, {1, 1}, {1, 1}, {6, 3, 1, 1, 1}},
+    {2, {11, 20}, 3, {3, 3}, 2, {2, 2}, {1, 1}, {1, 1}, {1, 1}, {5, 3, 2, 1, 1}},
 };
 // The least that several threads do, packed and in place, to do it many times.
 const Spec kFew[] = {
     {12, {12, 11}, 18, {3, 3}, 2, {2, 2}, {1, 1}, {1, 1}},
     {12, {12, 11}, 18, {3, 3}, 1, {1, 1}, {1, 1}, {1, 1}},
     {12, {30, 21}, 3, {3, 3}, 1, {1, 1}, {1, 1}, {1, 1}},
+    {2, {12, 11}, 18, {3, 3}, 1, {1, 1}, {1, 1}, {1, 1}, {1, 1}, {6, 2, 1, 1, 0}},
 };
 constexpr int kRandom = 500;
 
@@ -352,7 +315,10 @@ class Calls {
       spec.stride[i] = Pick(1, 4), spec.dilation[i] = Pick(1, 3);
       spec.low[i] = Pick(0, 8), spec.high[i] = Pick(0, 8);
     }
-    if (spec.Out(0) == 0 || spec.Out(1) == 0) return;
+    if (Pick(0, 2) == 0) {
+      spec.depth = {Pick(1, 6), Pick(1, 4), Pick(1, 3), Pick(0, 4), Pick(0, 4), Pick(1, 3)};
+    }
+    if (spec.IsEmpty()) return;
     const Problem problem = Draw(spec, static_cast<Op>(Pick(0, 2)));
     const Type& type = kTypes[Pick(0, 3)];
     const bool channels_first = Pick(0, 1) == 1;
@@ -382,7 +348,7 @@ class Calls {
   Problem Draw(const Spec& spec, Op op) {
     const int64_t problems = Pick(0, 2);
     const bool shared = problems > 0 && Pick(0, 1) == 1;
-    return Problem(spec, op, problems, shared, random_);
+    return Problem(spec, op, problems, shared, Pick(spec.LeastAxes(), 3), random_);
   }
   // At once, half of them.
   Arrival DrawArrival() { return static_cast<Arrival>(std::max<int64_t>(Pick(-2, 3), 0)); }

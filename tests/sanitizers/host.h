@@ -103,7 +103,7 @@ inline XLA_FFI_Error* NumThreads(XLA_FFI_ThreadPool_NumThreads_Args* args) {
 struct Request {
   std::string op;
   bool channels_first;
-  int64_t window_strides[2], low[2], rhs_dilation[2];
+  std::vector<int64_t> window_strides, low, rhs_dilation;
   XLA_FFI_Buffer buffers[3];
 };
 
@@ -125,9 +125,11 @@ inline XLA_FFI_Error* Handle(Request request, XLA_FFI_ExecutionContext& pool) {
 
   XLA_FFI_ByteSpan op{request.op.data(), request.op.size()};
   XLA_FFI_Scalar channels_first{XLA_FFI_DataType_PRED, &request.channels_first};
-  XLA_FFI_Array window_strides{XLA_FFI_DataType_S64, 2, request.window_strides};
-  XLA_FFI_Array low{XLA_FFI_DataType_S64, 2, request.low};
-  XLA_FFI_Array rhs_dilation{XLA_FFI_DataType_S64, 2, request.rhs_dilation};
+  const auto array = [](std::vector<int64_t>& values) {
+    return XLA_FFI_Array{XLA_FFI_DataType_S64, values.size(), values.data()};
+  };
+  XLA_FFI_Array window_strides = array(request.window_strides), low = array(request.low),
+                rhs_dilation = array(request.rhs_dilation);
   // In the order of their names.
   XLA_FFI_ByteSpan names[] = {
       {"channels_first", 14}, {"low", 3}, {"op", 2}, {"rhs_dilation", 12}, {"window_strides", 14}};

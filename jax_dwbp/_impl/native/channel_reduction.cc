@@ -19,9 +19,11 @@ constexpr int64_t kReductionBlocks = 4;
 // So many rows are added up before they join others.
 constexpr int64_t kReductionRows = 32;
 
-// Whether the input is read in place: of a half type only where dy is too.
-bool ReadsInPlace(const ChannelCall& call) {
-  return IsLines(call, call.in, call.kernels.element_size == 2 ? call.sizes.multiplier : 1);
+// Whether the input or dy is read in place: of a half type only where both are. In planes of one pixel
+// channels lie side by side too, whatever the other planes are.
+bool ReadsInPlace(const ChannelCall& call, bool is_dy) {
+  const bool in = IsLines(call, call.in, 1), dy = IsLines(call, call.out, call.sizes.multiplier);
+  return call.kernels.element_size == 2 ? in && dy : is_dy ? dy : in;
 }
 
 // How the work is cut. All but the threads is fixed by the shapes, as is the order of all sums.
@@ -40,8 +42,8 @@ struct ChannelSumPlan {
 
   ChannelSumPlan(const ChannelCall& call, const ffi::ThreadPool& pool)
       : call(call),
-        read(call, ReadsInPlace(call), kReductionColumns),
-        dy_in_place(IsLines(call, call.out, call.sizes.multiplier)),
+        read(call, ReadsInPlace(call, false), kReductionColumns),
+        dy_in_place(ReadsInPlace(call, true)),
         multiplier(call.sizes.multiplier),
         blocks(call.Blocks()),
         sum_plane(Odd(call.Taps())),

@@ -7,6 +7,7 @@
 // planes (plane_schedule.cc) several rows, where they are short.
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <exception>
@@ -73,6 +74,7 @@ std::optional<Op> OpOf(std::string_view name) {
 
 // Depth, rows and columns. An array that has fewer is of size 1 along the first of them.
 constexpr size_t kAxes = 3;
+constexpr int kDepth = 0, kRows = 1, kColumns = 2;
 
 // The sizes of the three arrays with all axes, be some of size 1: [G,N,D,H,W,C] or [G,N,C,D,H,W] and,
 // of f, [G,K,R,S,C,M]. G is of problems.
@@ -135,13 +137,46 @@ const char* WrongShapes(const Shapes& shapes, bool shared_filter, bool channels_
   return nullptr;
 }
 
+// How the filter lies along each axis.
+using Windows = std::array<Window, kAxes>;
+
+Windows WindowsOf(ffi::Span<const int64_t> window_strides, ffi::Span<const int64_t> low,
+                  ffi::Span<const int64_t> rhs_dilation, const Shapes& shapes) {
+  const size_t missing = kAxes - window_strides.size();
+  Windows windows;
+  for (size_t axis = 0; axis < kAxes; ++axis) {
+    windows[axis] = {.kernel = shapes.f[1 + axis], .stride = 1, .low = 0, .dilation = 1};
+    if (axis < missing) continue;
+    windows[axis].stride = window_strides[axis - missing];
+    windows[axis].low = low[axis - missing];
+    windows[axis].dilation = rhs_dilation[axis - missing];
+  }
+  return windows;
+}
+
+// Where a filter has depth alone, the pixels of a slice become one row: of rows two are computed at a
+// time.
+void TurnDepthToRows(Shapes& shapes, Windows& windows, bool channels_first) {
+  int64_t *const x = shapes.x + (channels_first ? 3 : 2), *const y = shapes.y + (x - shapes.x);
+  if (windows[kDepth].kernel == 1) return;
+  for (const int axis : {kRows, kColumns}) {
+    const auto& [kernel, stride, low, dilation] = windows[axis];
+    if (kernel > 1 || stride > 1 || low != 0 || x[axis] != y[axis]) return;
+  }
+  for (int64_t* sizes : {x, y}) {
+    sizes[kColumns] *= std::exchange(sizes[kRows], std::exchange(sizes[kDepth], 1));
+  }
+  std::swap(shapes.f[1 + kDepth], shapes.f[1 + kRows]);
+  std::swap(windows[kDepth], windows[kRows]);
+}
+
 // What is asked, once that is known to be right.
 struct Request {
   Op op;
   const Kernels& kernels;
   Shapes shapes;
   bool channels_first;
-  Window windows[kAxes];
+  Windows windows;
   Tensor x, f, y;
 
   bool IsTransposed() const { return op == Op::kInputGrad; }
@@ -159,9 +194,6 @@ struct Request {
   int64_t XSize(int axis) const { return shapes.x[(channels_first ? 3 : 2) + axis]; }
   int64_t YSize(int axis) const { return shapes.y[(channels_first ? 3 : 2) + axis]; }
 };
-
-// What `axis` stands for.
-constexpr int kDepth = 0, kRows = 1, kColumns = 2;
 
 DepthAxis DepthAxisOf(const Request& request) {
   const int64_t x = request.XSize(kDepth), y = request.YSize(kDepth);
@@ -249,24 +281,16 @@ ffi::Error DepthwiseConv2d(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffe
     // All problems are one.
     for (int64_t* shape : {xs, ys}) shape[1] *= std::exchange(shape[0], 1);
   }
-  Request request{.op = *op,
+  Windows windows = WindowsOf(window_strides, low, rhs_dilation, shapes);
+  TurnDepthToRows(shapes, windows, channels_first);
+  Dispatch(pool, {.op = *op,
                   .kernels = *kernels,
                   .shapes = shapes,
                   .channels_first = channels_first,
-                  .windows = {},
+                  .windows = windows,
                   .x = Tensor(x.untyped_data(), xs, channels_first),
                   .f = Tensor(f.untyped_data(), fs, false),
-                  .y = Tensor(y.untyped_data(), ys, channels_first)};
-  for (size_t axis = 0; axis < kAxes; ++axis) {
-    const size_t missing = kAxes - axes;
-    Window& window = request.windows[axis];
-    window = {.kernel = fs[1 + axis], .stride = 1, .low = 0, .dilation = 1};
-    if (axis < missing) continue;
-    const size_t given = axis - missing;
-    window.stride = window_strides[given], window.low = low[given];
-    window.dilation = rhs_dilation[given];
-  }
-  Dispatch(pool, request);
+                  .y = Tensor(y.untyped_data(), ys, channels_first)});
   return ffi::Error::Success();
 } catch (const std::bad_alloc&) {
   // A text that is short enough to take no memory.

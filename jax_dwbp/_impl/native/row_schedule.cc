@@ -12,9 +12,6 @@
 namespace jax_dwbp {
 namespace {
 
-// Lines of weights that a multiple may take.
-constexpr int64_t kMostWeights = 4096;
-
 // A part of a plane: rows and columns of each phase.
 struct Part {
   int64_t row, rows, column, columns;
@@ -321,25 +318,6 @@ std::vector<int64_t> RowCall::Order() const {
   }
   return taps;
 }
-
-// Where a line ends with its last whole pixel, lanes are left that compute nothing. Where it does not,
-// as many lines differ in their weights as a multiple of both has. Each of them costs about 4 cycles
-// for a tap, and 200 for a call; a line that is saved, one for a tap and 4. A quarter of the lanes is
-// worth it: of 56x56 pixels 9 values with 7x7 taps take 0.7 of the time, 12 values with 3x3 taps 0.92,
-// but 15 values 1.1.
-int64_t RowCall::LineStep() const {
-  const int64_t lanes = kernels.lanes, period = Period(), taps = Taps();
-  const int64_t whole = lanes / period * period, multiple = std::lcm(lanes, period);
-  if (whole == 0 || whole == lanes) return multiple;
-  if (4 * whole > 3 * lanes) return whole;
-  const int64_t variants = multiple / lanes, phases = rows.OutPhases() * columns.OutPhases();
-  if (variants * taps * Sources() > kMostWeights || phases > kMostPhases) return whole;
-  const int64_t width = columns.OutSize(0) * period;
-  const int64_t saved = rows.OutSize(0) * (CeilDiv(width, whole) - CeilDiv(width, lanes));
-  return saved * (taps + 4) > variants * (4 * taps + 200) ? multiple : whole;
-}
-
-int64_t RowCall::PackedRepeats() const { return kernels.row_lanes->can_repeat ? 1 : Repeats(); }
 
 int64_t RowWindow::Begin() const { return std::clamp<int64_t>(-column, 0, columns); }
 
