@@ -457,7 +457,7 @@ DEPTHS = (
     Depth(7, 4, 3, (2, 4), 2),
     Depth(3, 5, pads=(4, 3)),  # the first and the last slice meet one tap
     Depth(4, 1),
-    Depth(3, 1, 2, (2, 2)),  # of which some meet nothing
+    Depth(5, 1, 2, (2, 2)),  # of which some meet nothing
 )
 # By channels in place and packed, by rows, by planes.
 SLICES = (
@@ -467,12 +467,19 @@ SLICES = (
     Case("rows", (2, 9, 20, 3), (3, 4, 3, 1), dilations=(2, 1)),
     Case("strided_rows", (1, 11, 30, 2), (3, 3, 2, 2), (2, 2)),
     Case("planes", (9, 8, 7, 2), (3, 3, 2, 1)),
+    Case("pixels", (2, 5, 7, 6), (1, 1, 6, 2)),  # the depth alone has a kernel
 )
 
 
 @compiled
 @every_op
-@covering(depth=DEPTHS, case=SLICES, dtype=("float32", "float16"), data_format=("NHWC", "NCHW"))
+@covering(
+    together=("depth", "case", "data_format"),
+    depth=DEPTHS,
+    case=SLICES,
+    dtype=("float32", "float16"),
+    data_format=("NHWC", "NCHW"),
+)
 def test_depth(op, depth, case, dtype, data_format):
     """Each slice is a sum over the taps of the depth, rounded once: small integers are exact."""
     (n, *image), (*kernel, c, m), (_, *result) = case.input, case.filter, case.output

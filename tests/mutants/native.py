@@ -18,14 +18,14 @@ _NAMES = (
     *("row_lanes.cc", "row_sums.cc", "row_moves.cc", "plane_schedule.cc", "plane_lanes.cc"),
 )
 _HEADERS = (
-    *("runtime.h", "vectors.h", "lines.h"),
+    *("runtime.h", "vectors.h", "lines.h", "depth_axis.h"),
     *("channel_filter.h", "channel_ring.h", "channel_planes.h"),
 )
 FILES = tuple(str(_FOLDER / name) for name in (*_NAMES, *_HEADERS))
 NATIVE_CPU, CHOICE, _, CHANNEL_AXIS, CHANNEL_RING, *_ = FILES
 CHANNEL_SCHEDULE, CHANNEL_REDUCTION, CHANNEL_LANES, CHANNEL_SUMS, CHANNEL_MOVES = FILES[5:10]
 ROW_AXIS, ROW_PLAN, ROW_SCHEDULE, ROW_REDUCTION, ROW_LANES, ROW_SUMS, ROW_MOVES = FILES[10:17]
-PLANE_SCHEDULE, PLANE_LANES, RUNTIME, VECTORS, LINES, *_ = FILES[17:]
+PLANE_SCHEDULE, PLANE_LANES, RUNTIME, VECTORS, LINES, DEPTH_AXIS, *_ = FILES[17:]
 CHANNEL_FILTER, CHANNEL_RING_H, CHANNEL_PLANES = FILES[-3:]
 # Its names are those of the only kernels, so that nothing chooses among instruction sets.
 _COMPILER = (
@@ -98,6 +98,7 @@ LIKE = "tests/test_native_cpu.py -k like_terms"
 TURNED = "tests/test_native_cpu.py -k planes_by_channels"
 PLANES = "tests/test_native_cpu.py -k narrow_planes"
 ROWS = "tests/test_native_cpu.py -k by_rows"
+DEPTH = "tests/test_native_cpu.py -k depth"
 SPANS = "tests/test_native_cpu.py -k memory_is"
 ALL = 'tests/test_values.py tests/test_fuzz.py tests/test_native_cpu.py -k "native_cpu or large"'
 FORWARD, INPUT_GRAD = (
@@ -117,6 +118,16 @@ FAULTS = [
             "tests/test_batching.py -k native_cpu",
             "how many images there are is asked of x alone",
         ),
+        ("std::swap(windows[kDepth], windows[kRows]);", "", DEPTH),
+        ("spatial, sizes + 6 - kAxes - behind", "spatial, sizes + 2", DEPTH),
+    ),
+    *faults(
+        DEPTH_AXIS,
+        ("stride * t + distance", "t + distance", DEPTH),
+        ("(t - distance) % stride > 0", "false", DEPTH),
+        ("slice < in ?", "slice <= in ?", DEPTH),
+        ("stride == 1 && low == 0 && ", "", DEPTH),
+        ("CeilDiv(kernel, period)", "kernel / period", DEPTH),
     ),
     *faults(
         CHANNEL_AXIS,
@@ -162,6 +173,7 @@ FAULTS = [
             "position * rows.read_step * plan.row_bytes",
             LARGE,
         ),
+        ("(i * plan.slots + position % plan.slots)", "(position % plan.slots)", DEPTH),
         ("ring + slot * plan.row_lines", "ring + slot % plan.slots * plan.row_lines", CHANNELS),
     ),
     *faults(
@@ -172,6 +184,8 @@ FAULTS = [
             LARGE,
         ),
         ("List(i, tap, t + 1, tap.k)", "List(i, tap, t, tap.k)", LARGE),
+        ("scratch.met[i].k * call", "i * call", DEPTH),
+        ("place.slice * to.slice", "0", DEPTH),
         ("place.problem * plan.chunks + place.chunk;", "place.problem;", ALL),
         # Two threads that write the same: no value changes.
         (
@@ -188,6 +202,8 @@ FAULTS = [
             CHANNELS,
         ),
         ("call.kernels.element_size == 2 ?", "false ?", ALL),
+        ("slice %= call.depth.out;", "", DEPTH),
+        ("scratch.met[i].k * call", "i * call", DEPTH),
         ("kReductionRows = 32", "kReductionRows = int64_t{1} << 40", CHAINS),
         ("part += 2 * step", "part += 3 * step", ALL),
         # A read out of bounds: no value changes.
@@ -309,6 +325,8 @@ FAULTS = [
         PLANE_SCHEDULE,
         ("columns.in == columns.out && ", "", PLANES),
         ("call.Sources() > 1", "false", PLANES),
+        ("if (!call.depth.IsBatch()) return false;", "", DEPTH),
+        (" + slice * call.in.slice", "", DEPTH),
         ("axis->read_step > 1 || ", "", PLANES),
         ("std::clamp<int64_t>(width - right, 0, width)", "width - right", PLANES),
         ("std::clamp<int64_t>(rows.in - down, 0, rows.out)", "rows.out", PLANES),
@@ -349,6 +367,10 @@ FAULTS = [
         (" + j * plan_.source_lines * plan_.lanes", "", ROWS),
         ("(rows.Before(i) + (source * slices + k) * rows.kernel)", "rows.Before(i)", ROWS),
         ("value % plan_.repeats", "0", ROWS),
+        ("if (is_other) ListPieces();", "", DEPTH),
+        ("if (slice < 0) continue;", "", SANITIZERS),
+        ("if (slices_[listed_[i].k] >= 0)", "", DEPTH),
+        ("if (++slice < plan.call.depth.out) return;", "", DEPTH),
     ),
     *faults(
         ROW_REDUCTION,
@@ -358,6 +380,8 @@ FAULTS = [
         ("lines_ + slot * plan_.SumLines();\n    for", "lines_;\n    for", ROWS),
         ("std::max<int64_t>(0, row + region.first)", "row + region.first", SANITIZERS),
         ("call.rows.Before(i) * call.columns.kernel + call.columns.Before(j)", "0", ROWS),
+        ("if (slice < 0) continue;", "", DEPTH),
+        ("sums += call.sizes.SliceTaps()", "sums += 0", DEPTH),
         ("kFoldLines = 2048", "kFoldLines = int64_t{1} << 40", LIKE),
     ),
     *faults(

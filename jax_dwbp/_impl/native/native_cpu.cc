@@ -4,7 +4,8 @@
 // turns exceptions to errors. In vectors of channels (channel_schedule.cc, channel_reduction.cc) are
 // the adjacent channels of one pixel. In vectors of rows (row_schedule.cc, row_reduction.cc) are
 // neighbours in a row, which is better where channels are few or lie far apart, and in vectors of
-// planes (plane_schedule.cc) several rows, where they are short.
+// planes (plane_schedule.cc) several rows, where they are short. Of three spatial axes the first is the
+// depth: each kind computes a slice of the result at a time, as one sum over the taps of the depth.
 
 #include <algorithm>
 #include <array>
@@ -155,10 +156,10 @@ Windows WindowsOf(ffi::Span<const int64_t> window_strides, ffi::Span<const int64
 }
 
 // Where a filter has depth alone, the pixels of a slice become one row: of rows two are computed at a
-// time.
+// time. Dilated ones would have to be packed with all that lie between them.
 void TurnDepthToRows(Shapes& shapes, Windows& windows, bool channels_first) {
   int64_t *const x = shapes.x + (channels_first ? 3 : 2), *const y = shapes.y + (x - shapes.x);
-  if (windows[kDepth].kernel == 1) return;
+  if (windows[kDepth].kernel == 1 || windows[kDepth].dilation > 1) return;
   for (const int axis : {kRows, kColumns}) {
     const auto& [kernel, stride, low, dilation] = windows[axis];
     if (kernel > 1 || stride > 1 || low != 0 || x[axis] != y[axis]) return;

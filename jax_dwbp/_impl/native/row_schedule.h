@@ -39,7 +39,7 @@ struct RowCall {
     return channels_first ? sizes.channels * (is_transposed ? 1 : sizes.multiplier) : 1;
   }
   int64_t Taps() const { return depth.kernel * sizes.SliceTaps(); }
-  // Of all problems.
+  // Of all planes, of all problems.
   int64_t Slices() const { return sizes.problems * sizes.batch * Planes() * depth.out; }
   // Of a plane: the first elements of what it reads, of its weights and of its result.
   int64_t InPlane(int64_t plane) const {

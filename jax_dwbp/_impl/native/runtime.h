@@ -67,7 +67,7 @@ struct Scratch {
   std::unique_ptr<Line[]> memory;
   int64_t capacity = 0;
   std::vector<int64_t> held;  // for each slot, which row or filter is packed there
-  std::vector<DepthTap> met;  // that write a slice
+  std::vector<DepthTap> met;  // taps of the depth that write a slice
   std::vector<const char*> rows;
   std::vector<const Line*> weights[2];
   std::vector<Line*> sums;
