@@ -31,7 +31,7 @@ def conv_general_dilated(
     """`jax.lax.conv_general_dilated`, with depthwise convolutions run by this package.
 
     Same signature, same results to rounding, same derivatives of every order and in both modes.
-    With one or two spatial dimensions and operands of one dtype, depthwise are
+    With one to three spatial dimensions and operands of one dtype, depthwise are
 
     - convolutions with `feature_group_count` groups of one input channel each;
     - their transposes, with `lhs_dilation`; with strides as well it is written out with its zeros,

@@ -38,11 +38,12 @@ from jax_dwbp._spec import (
     FILTER_GRAD,
     FORWARD,
     INPUT_GRAD,
-    Arguments,
     ConvSpec,
     Op,
     Pair,
-    canonicalize,
+    canonical_precision,
+    check_sizes,
+    spatial_axis,
 )
 
 # With groups lax's own convolution takes 2 to 1,000 times as long on a CPU. But what is read
@@ -193,8 +194,8 @@ def _are_static(*sizes: Any) -> bool:
 def _why_none(conv: Convolution) -> str | None:
     batch, channels, *spatial = conv.lhs
     features, _, *window = conv.rhs
-    if len(spatial) not in (1, 2):
-        return f"one or two spatial dimensions are depthwise here, not {len(spatial)}"
+    if len(spatial) not in (1, 2, 3):
+        return f"one to three spatial dimensions are depthwise here, not {len(spatial)}"
     if 0 in (*conv.lhs, *conv.rhs):
         return "an operand is empty"
     if not _are_static(*spatial, *window, features):
@@ -312,7 +313,7 @@ def _input_grad(conv: Convolution, inputs: int, outputs: int) -> Depthwise | str
     def operands(lhs: jax.Array, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
         f = _to_filter(rhs, conv).reshape(*spec.kernel_spatial, features, inputs)
         images = _to_images(lhs, dy, first)
-        return lax.rev(f, (0, 1)), _repeated(images, conv.groups, outputs, first)
+        return lax.rev(f, range(len(window))), _repeated(images, conv.groups, outputs, first)
 
     def result(images: jax.Array) -> jax.Array:
         return _from_images(_padded(images, zeros, first), x, first)
@@ -368,7 +369,7 @@ def _filter_grad(
 
     def result(f: jax.Array) -> jax.Array:
         if is_transposed:
-            f = lax.rev(f, (0, 1))
+            f = lax.rev(f, range(len(conv.spatial)))
         else:
             f = f.reshape(-1, groups, inputs, outputs).swapaxes(-1, -2)
         f = f.reshape(*conv.spatial, features, inputs)
@@ -398,21 +399,20 @@ def _spec(
     dilation: Any,
     channels_first: bool,
 ) -> ConvSpec:
-    """Of two dimensions, of which the first may be one that lax's convolution has not."""
-    missing = 2 - len(spatial)
-    ones = (1,) * missing
-    spatial = (*ones, *spatial)
-    given = Arguments(
-        input=(batch, channels, *spatial) if channels_first else (batch, *spatial, channels),
-        filter=(*ones, *window, channels, multiplier),
-        out_backprop=None,
-        strides=(*ones, *strides),
-        padding=[(0, 0)] * missing + list(padding),
-        data_format="NCHW" if channels_first else "NHWC",
-        dilations=(*ones, *dilation),
-        precision=conv.precision,
+    axes = tuple(
+        spatial_axis(*axis, filter_name="rhs")
+        for axis in zip(spatial, window, strides, dilation, padding, strict=True)
     )
-    return canonicalize(FORWARD, given)
+    spec = ConvSpec(
+        axes=axes,
+        channels_first=channels_first,
+        channels=channels,
+        multiplier=multiplier,
+        precision=canonical_precision(conv.precision),
+        implementation=None,
+    )
+    check_sizes(spec, batch, "lhs", "rhs")
+    return spec
 
 
 def _images(spec: tuple[int, ...]) -> Images:
@@ -420,17 +420,13 @@ def _images(spec: tuple[int, ...]) -> Images:
 
 
 def _to_images(array: jax.Array, axes: Images, channels_first: bool) -> jax.Array:
-    """[N,H,W,C], or [N,C,H,W] where that is lax's layout already."""
-    if not channels_first:
-        array = lax.transpose(array, (axes.batch, *axes.spatial, axes.channels))
-    if array.ndim == 3:
-        array = lax.expand_dims(array, (2 if channels_first else 1,))
-    return array
+    """[N,spatial,C], or [N,C,spatial] where that is lax's layout already."""
+    if channels_first:
+        return array
+    return lax.transpose(array, (axes.batch, *axes.spatial, axes.channels))
 
 
 def _from_images(images: jax.Array, axes: Images, channels_first: bool) -> jax.Array:
-    if len(axes.spatial) == 1:
-        images = lax.squeeze(images, (2 if channels_first else 1,))
     if channels_first:
         return images
     return lax.transpose(images, np.argsort((axes.batch, *axes.spatial, axes.channels)))
@@ -446,7 +442,7 @@ def _summed(images: jax.Array, groups: int, parts: int, channels_first: bool) ->
     """The sum of the parts that the channels of each group are in."""
     if parts == 1:
         return images
-    axis = 1 if channels_first else 3
+    axis = 1 if channels_first else images.ndim - 1
     before, after = images.shape[:axis], images.shape[axis + 1 :]
     parted = images.reshape(*before, groups, parts, -1, *after)
     return parted.sum(axis + 1).reshape(*before, -1, *after)
@@ -456,7 +452,7 @@ def _repeated(images: jax.Array, groups: int, repeats: int, channels_first: bool
     """The channels of each group so many times."""
     if repeats == 1:
         return images
-    axis = 1 if channels_first else 3
+    axis = 1 if channels_first else images.ndim - 1
     before, after = images.shape[:axis], images.shape[axis + 1 :]
     grouped = images.reshape(*before, groups, 1, -1, *after)
     shape = (*grouped.shape[: axis + 1], repeats, *grouped.shape[axis + 2 :])
@@ -467,8 +463,7 @@ def _padded(images: jax.Array, pads: list[Pair], channels_first: bool) -> jax.Ar
     """With zeros around, or less of it where the pads are negative."""
     if not any(pad for pair in pads for pad in pair):
         return images
-    none = [(0, 0, 0)]
-    axes = none * (2 - len(pads)) + [(*pair, 0) for pair in pads]
+    none, axes = [(0, 0, 0)], [(*pair, 0) for pair in pads]
     config = none * 2 + axes if channels_first else none + axes + none
     return lax.pad(images, jnp.zeros((), images.dtype), config)
 

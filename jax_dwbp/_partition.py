@@ -2,12 +2,16 @@
 
 XLA can't look into a kernel, and of lax's own convolutions it gathers some that it need not. So
 where a program is partitioned, this tells it how. The factors that may be divided are the problems
-g, the batch n, the channels c and the rows and columns of the output, p and q, with which those of
-the input go, h and w:
+g, the batch n, the channels c and the planes, rows and columns of the output, o, p and q, with
+which those of the input go, d, h and w:
 
     forward, input_grad     each device has its part of the result and nothing is sent, but for
-                            rows and columns of the source that windows of a neighbour's part meet
-    filter_grad             likewise, and the sums of the devices that divide n, p and q are added
+                            planes, rows and columns of the source that windows of a neighbour's
+                            part meet
+    filter_grad             likewise, and the sums of the devices that divide n, o, p and q are
+                            added
+
+Of two spatial axes there are no d and o, of one no h and p either.
 
 A division that does not come out even, or that would need rows from beyond the neighbour, is not
 made along that axis: there XLA gathers the operand, and the result is the same.
@@ -33,8 +37,15 @@ from jax_dwbp._spec import FILTER_GRAD, INPUT_GRAD, ConvSpec, Op, SpatialAxis
 
 AnyMesh = Mesh | AbstractMesh
 
+# The letters of the spatial axes of x, f and dy, and of what a stride leaves out of them.
+_IN, _KERNEL, _OUT, _REST = "dhw", "trs", "opq", "zuv"
+_SUMMED = f"n{_OUT}"  # by a filter gradient
 # The factor that is divided with each axis; the others are not divided.
-_FACTORS = {"g": "g", "n": "n", "h": "p", "w": "q", "p": "p", "q": "q", "c": "c", "k": "c"}
+_FACTORS = {
+    **{axis: axis for axis in f"gnc{_OUT}"},
+    **dict(zip(_IN, _OUT, strict=True)),
+    "k": "c",
+}
 
 
 def run(op: Op, spec: ConvSpec, target: Target, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -128,10 +139,18 @@ def _spec(axes: str, divided: dict[str, tuple[str, ...]]) -> PartitionSpec:
 
 def _axes(name: str, ndim: int, spec: ConvSpec) -> str:
     """A letter for each axis of x, f or dy; k is c*M + m."""
-    axes = {"x": "nhwc", "f": "rscm", "dy": "npqk"}[name]
-    if spec.data_format == "NCHW" and name != "f":
-        axes = axes[0] + axes[3] + axes[1:3]
-    return "g" * (ndim - 4) + axes
+    rank = len(spec.axes)
+    if name == "f":
+        axes = f"{_KERNEL[-rank:]}cm"
+    else:
+        spatial, lanes = (_IN, "c") if name == "x" else (_OUT, "k")
+        axes = f"n{lanes}{spatial[-rank:]}" if spec.channels_first else f"n{spatial[-rank:]}{lanes}"
+    return "g" * (ndim - len(axes)) + axes
+
+
+def _factor(spec: ConvSpec, axis: int) -> str:
+    """That of a spatial axis."""
+    return _OUT[axis - len(spec.axes)]
 
 
 def _rule(op: Op, spec: ConvSpec, axes: dict[str, str]) -> Callable[..., tuple[str, dict]]:
@@ -142,11 +161,13 @@ def _rule(op: Op, spec: ConvSpec, axes: dict[str, str]) -> Callable[..., tuple[s
         # axis: the outer part, which `fine_mesh` has as axes if all its primes are the same. It
         # takes no part of size 1.
         divisible = all(len(primes) == 1 for primes in _primes(mesh).values())
-        factors = {axis: axis for axis in "gnrscm"}
+        rank = len(spec.axes)
+        factors = {axis: axis for axis in f"gn{_KERNEL}cm"}
         lanes = "(c m)" if divisible and spec.channels > 1 else "k"
         factors["k"] = "c" if spec.multiplier == 1 else lanes
         sizes = {}
-        for axis, source, target, rest in zip(spec.axes, "hw", "pq", "uv", strict=True):
+        letters = (_IN[-rank:], _OUT[-rank:], _REST[-rank:])
+        for axis, source, target, rest in zip(spec.axes, *letters, strict=True):
             factors[target] = factors[source] = target
             stride = axis.stride
             if axis.size != axis.out * stride or (stride > 1 and (axis.out == 1 or not divisible)):
@@ -158,8 +179,8 @@ def _rule(op: Op, spec: ConvSpec, axes: dict[str, str]) -> Callable[..., tuple[s
         # In the order in which they first appear, as Shardy has them.
         present = dict.fromkeys(factor for factor in " ".join(terms) if factor.isalpha())
         return f"{terms[0]}, {terms[1]} -> {terms[2]}", {
-            "reduction_factors": tuple(f for f in present if f in "npq" and op == FILTER_GRAD),
-            "need_replication_factors": tuple(f for f in present if f in "rsmuv"),
+            "reduction_factors": tuple(f for f in present if f in _SUMMED and op == FILTER_GRAD),
+            "need_replication_factors": tuple(f for f in present if f in f"{_KERNEL}m{_REST}"),
             **sizes,
         }
 
@@ -182,8 +203,10 @@ def _divided(
             parts = _parts(mesh, mesh_axes)
             if factor == "c" and spec.channels % parts:
                 continue
-            if factor in "pq" and _Window.of(op, spec.axes["pq".index(factor)], parts) is None:
-                continue
+            if factor in _OUT:
+                spatial_axis = spec.axes[_OUT.index(factor) - len(_OUT)]
+                if _Window.of(op, spatial_axis, parts) is None:
+                    continue
             divided[factor] = mesh_axes
     return divided
 
@@ -273,6 +296,11 @@ def _slice(
     return lax.dynamic_slice_in_dim(x, start, count, axis)
 
 
+def _position(axes: str, factor: str) -> int:
+    """That of the axis that is divided with a factor."""
+    return next(i for i, axis in enumerate(axes) if _FACTORS.get(axis) == factor)
+
+
 def _local(
     op: Op,
     spec: ConvSpec,
@@ -287,21 +315,22 @@ def _local(
     operands = dict(zip(op.operands, (a, b), strict=True))
     windows = {}
     spatial_axes = list(spec.axes)
-    for i, factor in enumerate("pq"):
+    for i in range(len(spec.axes)):
+        factor = _factor(spec, i)
         if factor not in divided:
             continue
         window = _Window.of(op, spec.axes[i], _parts(mesh, divided[factor]))
         assert window is not None  # or it would not be divided
         windows[factor], spatial_axes[i] = window, window.axis
         source = op.source
-        position = axes[source].index("hw"[i] if source == "x" else factor)
+        position = _position(axes[source], factor)
         operands[source] = window.read(operands[source], position, divided[factor], mesh)
     spec = dataclasses.replace(
         spec,
         channels=spec.channels // _parts(mesh, divided.get("c", ())),
         axes=tuple(spatial_axes),
     )
-    summed = [axis for factor in "npq" for axis in divided.get(factor, ())]
+    summed = [axis for factor in _SUMMED for axis in divided.get(factor, ())]
     dtype = a.dtype
     if op == FILTER_GRAD and summed and dtype.itemsize < 4:
         # So that the sum of the devices is rounded once.
@@ -310,7 +339,6 @@ def _local(
     if op == FILTER_GRAD:
         return (lax.psum(result, tuple(summed)) if summed else result).astype(dtype)
     for factor, window in windows.items():
-        target = op.result
-        position = axes[target].index({"p": "h", "q": "w"}[factor] if target == "x" else factor)
+        position = _position(axes[op.result], factor)
         result = _slice(result, position, divided[factor], window.skipped, window.rows)
     return result

@@ -5,6 +5,7 @@ The depthwise convolution of x by f, paired with dy, is one trilinear form:
     T(x, f, dy) = sum over n,p,q,r,s,c,m of x[n,h,w,c] * f[r,s,c,m] * dy[n,p,q,c*M+m]
         with h = p*stride - low + r*dilation, w = q*stride - low + s*dilation
 
+Fewer spatial axes, or one more, change nothing in what follows.
 Each of the three ops is the derivative of T by one argument, which is linear in the other two:
 
     forward(x, f) = dT/d(dy)      input_grad(f, dy) = dT/dx      filter_grad(x, dy) = dT/df
@@ -209,7 +210,8 @@ def _batch(operands, dims, *, op, spec):
     ]
     mapped = operands[dims[0] is None]
     ranks = [operand.ndim for operand in operands]
-    shared = ("f", None, 4) in zip(op.operands, dims, ranks, strict=True)
+    rank = len(spec.axes) + 2  # without problems
+    shared = ("f", None, rank) in zip(op.operands, dims, ranks, strict=True)
     if not shared:
         operands = [
             _repeated(operand, mapped) if dim is None else operand
@@ -217,9 +219,9 @@ def _batch(operands, dims, *, op, spec):
         ]
     shape = spec.result_shape(op, *(operand.shape for operand in operands))
     axis = 0
-    if {operand.ndim for operand in operands} == {5, 6}:
+    if {operand.ndim for operand in operands} == {rank + 1, rank + 2}:
         axis = 1  # inner problems share each of the filters
-    operands = [_join(x, axis) if x.ndim == 6 else x for x in operands]
+    operands = [_join(x, axis) if x.ndim == rank + 2 else x for x in operands]
     if _explicitly_sharded(*operands):
         result = apply(*operands, op=op, spec=spec, forward_mode=True)
     else:

@@ -1,6 +1,7 @@
 """The table of implementations, and the one place that decides which of them runs.
 
-Implementations see canonical data: layouts, empty operands and single problems end here.
+Implementations see canonical data: layouts, empty operands, single problems and single spatial axes
+end here.
 """
 
 import dataclasses
@@ -21,11 +22,12 @@ from jax_dwbp._impl.native_cpu import IMPLEMENTATION as NATIVE_CPU
 from jax_dwbp._impl.pallas_gpu import IMPLEMENTATION as PALLAS_GPU
 from jax_dwbp._impl.pallas_tpu import IMPLEMENTATION as PALLAS_TPU
 from jax_dwbp._impl.xla_taps import IMPLEMENTATION as XLA_TAPS
-from jax_dwbp._spec import ConvSpec, Op, brief
+from jax_dwbp._spec import ConvSpec, Op, SpatialAxis, brief
 
 # In this order where they rank alike.
 _TABLE = {i.name: i for i in (NATIVE_CPU, XLA_TAPS, LAX, PALLAS_TPU, PALLAS_GPU)}
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+_UNIT_AXIS = SpatialAxis(size=1, kernel=1, out=1, stride=1, pads=(0, 0), dilation=1)
 OTHER = "other"  # one that JAX has by a plugin of someone else's
 
 
@@ -106,7 +108,7 @@ def _why_not(
     operands: list[jax.ShapeDtypeStruct],
 ) -> str | None:
     """The reason why an implementation can't run `op`, or None."""
-    if _is_empty(op, _channels_last(spec), *operands):
+    if _is_empty(op, _canonical(spec), *operands):
         return None
     home, is_pallas = implementation.platform, implementation.is_pallas
     if home and target.platform not in (None, home) and not (is_pallas and spec.interpret):
@@ -120,7 +122,7 @@ def _why_not(
     unknown = [size for size in sizes if not isinstance(size, int)]
     if is_pallas and unknown:
         return f"it is compiled for one batch size, got {unknown[0]}"
-    return implementation.unsupported(op, _channels_last(spec), target.platform, *operands)
+    return implementation.unsupported(op, _canonical(spec), target.platform, *operands)
 
 
 def _is_compiled(implementation: Implementation, spec: ConvSpec, target: Target) -> bool:
@@ -136,7 +138,7 @@ def _why_not_lowered(
     operands: list[jax.ShapeDtypeStruct],
 ) -> str | None:
     """The reason why JAX can't lower a kernel, or None."""
-    spec = _channels_last(spec)
+    spec = _canonical(spec)
     if _is_empty(op, spec, *operands):
         return None
     try:
@@ -181,14 +183,15 @@ def run(op: Op, spec: ConvSpec, target: Target, a: jax.Array, b: jax.Array) -> j
         return function(spec, a, b)
 
     def canonical(a: jax.Array, b: jax.Array) -> jax.Array:
+        shapes = _canonical_shapes(op, spec, a, b)
         operands = []
-        for name, x in zip(op.operands, (a, b), strict=True):
-            if 4 in (a.ndim, b.ndim):
-                x = x.reshape(_one_problem(x.shape))
-            operands.append(jnp.moveaxis(x, 2, 4) if _channels_first(spec, name) else x)
-        result = function(_channels_last(spec), *operands)
-        if _channels_first(spec, op.result):
-            result = jnp.moveaxis(result, 4, 2)
+        for name, x, canonical in zip(op.operands, (a, b), shapes, strict=True):
+            if _is_channels_first(spec, name):
+                x = jnp.moveaxis(x, -len(spec.axes) - 1, -1)
+            operands.append(x.reshape(canonical.shape))
+        result = function(_canonical(spec), *operands)
+        if _is_channels_first(spec, op.result):
+            result = jnp.moveaxis(result, -1, 2)
         return result.reshape(shape)
 
     if implementation.is_opaque:
@@ -212,24 +215,28 @@ def _is_empty(op: Op, spec: ConvSpec, a: Any, b: Any) -> bool:
 
 def _canonical_shapes(op: Op, spec: ConvSpec, a: Any, b: Any) -> list[jax.ShapeDtypeStruct]:
     """Those of the operands that an implementation would get."""
+    rank = len(spec.axes)
+    one_problem = rank + 2 in (a.ndim, b.ndim)
     structs = []
     for name, x in zip(op.operands, (a, b), strict=True):
-        shape = _one_problem(x.shape) if 4 in (a.ndim, b.ndim) else x.shape
-        if _channels_first(spec, name):
-            problems, batch, depth, *spatial = shape
-            shape = (problems, batch, *spatial, depth)
+        shape = x.shape
+        if one_problem:
+            # The images of all problems are the batch of one, or share the one filter.
+            shape = (1, math.prod(shape[: -rank - 1]), *shape[-rank - 1 :])
+        if _is_channels_first(spec, name):
+            problems, batch, lanes, *spatial = shape
+            shape = (problems, batch, *spatial, lanes)
+        if rank == 1:
+            first = 1 if name == "f" else 2
+            shape = (*shape[:first], 1, *shape[first:])
         structs.append(jax.ShapeDtypeStruct(shape, x.dtype))
     return structs
 
 
-def _one_problem(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The images of all problems as the batch of one, or the one filter that they share."""
-    return (1, math.prod(shape[:-3]), *shape[-3:])
+def _canonical(spec: ConvSpec) -> ConvSpec:
+    axes = (_UNIT_AXIS, *spec.axes) if len(spec.axes) == 1 else spec.axes
+    return dataclasses.replace(spec, axes=axes, channels_first=False)
 
 
-def _channels_last(spec: ConvSpec) -> ConvSpec:
-    return dataclasses.replace(spec, data_format="NHWC")
-
-
-def _channels_first(spec: ConvSpec, operand: str) -> bool:
-    return operand != "f" and spec.data_format == "NCHW"
+def _is_channels_first(spec: ConvSpec, operand: str) -> bool:
+    return operand != "f" and spec.channels_first

@@ -4,16 +4,17 @@
 only description of the convolution. NumPy and the standard library only.
 
 Shape legend, used in the whole package: N batch, H W input, P Q output, R S filter, C channels,
-M depth multiplier.
+M depth multiplier. The public ops are TensorFlow's, of two spatial axes. Below them there may be
+one, or three: then D is the depth of the input, O that of the output and T that of the filter.
 """
 
 import contextlib
 import dataclasses
 import enum
+import math
 import operator
 import reprlib
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -82,11 +83,11 @@ _INT32_MAX = 2**31 - 1
 
 
 class SpatialAxis(NamedTuple):
-    """The convolution along the height or the width."""
+    """The convolution along the depth, the height or the width."""
 
-    size: int  # H or W
-    kernel: int  # R or S
-    out: int  # P or Q
+    size: int  # D, H or W
+    kernel: int  # T, R or S
+    out: int  # O, P or Q
     stride: int
     pads: Pair  # low, high
     dilation: int
@@ -101,8 +102,8 @@ class SpatialAxis(NamedTuple):
 class ConvSpec:
     """A depthwise convolution less its batch size and dtype: the static half of all three ops."""
 
-    data_format: Literal["NHWC", "NCHW"]
-    axes: tuple[SpatialAxis, ...]  # height, width
+    axes: tuple[SpatialAxis, ...]  # one to three: depth, height, width
+    channels_first: bool  # are they before these axes, or behind
     channels: int  # C
     multiplier: int  # M
     precision: str | tuple[str, str] | None
@@ -139,15 +140,16 @@ class ConvSpec:
         self, op: Op, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
     ) -> tuple[int, ...]:
         """The shape of what `op` computes, with the problem axis of x or dy if they have one."""
+        rank = len(self.axes)
         if op.result == "f":
-            return (*a_shape[:-4], *self.kernel_spatial, self.channels, self.multiplier)
+            problems = a_shape[: -rank - 2]
+            return (*problems, *self.kernel_spatial, self.channels, self.multiplier)
         if op.result == "dy":
-            batch, spatial, depth = a_shape[:-3], self.out_spatial, self.channels * self.multiplier
+            shape, spatial, lanes = a_shape, self.out_spatial, self.channels * self.multiplier
         else:
-            batch, spatial, depth = b_shape[:-3], self.in_spatial, self.channels
-        if self.data_format == "NHWC":
-            return (*batch, *spatial, depth)
-        return (*batch, depth, *spatial)
+            shape, spatial, lanes = b_shape, self.in_spatial, self.channels
+        batch = shape[: -rank - 1]
+        return (*batch, lanes, *spatial) if self.channels_first else (*batch, *spatial, lanes)
 
 
 class Arguments(NamedTuple):
@@ -187,7 +189,9 @@ def canonicalize(op: Op, given: Arguments) -> ConvSpec:
     dilations = _spatial_attribute("dilations", given.dilations, data_format)
     padding = _padding(given.padding, given.explicit_paddings, data_format)
     axes = tuple(
-        _axis(filter_name, input_sizes[i], filter_sizes[k], strides[k], dilations[k], padding[k])
+        spatial_axis(
+            input_sizes[i], filter_sizes[k], strides[k], dilations[k], padding[k], filter_name
+        )
         for k, i in enumerate((height, width))
     )
     implied = [batch] * 4
@@ -200,18 +204,28 @@ def canonicalize(op: Op, given: Arguments) -> ConvSpec:
             f"`dilations` {dilations}, `padding` {brief(given.padding)} and `data_format` "
             f"{data_format!r}"
         )
-    padded_sizes = (batch, *(axis.size + sum(axis.pads) for axis in axes), channels)
-    _check_elements(f"`{filter_name}`", filter_sizes)
-    _check_elements(f"`{input_name}`, padded,", padded_sizes)
-    _check_elements("the output", implied)
-    return ConvSpec(
-        data_format=data_format,  # pyright: ignore[reportArgumentType]
+    spec = ConvSpec(
         axes=axes,
+        channels_first=data_format == "NCHW",
         channels=channels,
         multiplier=filter_sizes[3],
-        precision=_precision(given.precision),
+        precision=canonical_precision(given.precision),
         implementation=_implementation(given.implementation),
     )
+    check_sizes(spec, batch, input_name, filter_name)
+    return spec
+
+
+def check_sizes(spec: ConvSpec, batch: Any, input_name: str, filter_name: str) -> None:
+    """XLA aborts the process at arrays of 2**63 bytes, also where a size of 0 makes them empty."""
+    padded = (axis.size + sum(axis.pads) for axis in spec.axes)
+    for what, sizes in (
+        (f"`{filter_name}`", (*spec.kernel_spatial, spec.channels, spec.multiplier)),
+        (f"`{input_name}`, padded,", (batch, *padded, spec.channels)),
+        ("the output", (batch, *spec.out_spatial, spec.channels * spec.multiplier)),
+    ):
+        if math.prod(size for size in sizes if type(size) is int and size) >= 2**60:
+            raise ValueError(f"{what} must have less than 2**60 elements, got sizes {sizes}")
 
 
 def check_dtype(name: str, dtype: Any) -> None:
@@ -241,16 +255,6 @@ def brief(value: Any) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _check_elements(what: str, sizes: Sequence[Any]) -> None:
-    """XLA aborts the process at arrays of 2**63 bytes, also where a size of 0 makes them empty."""
-    elements = 1
-    for size in sizes:
-        if type(size) is int and size:
-            elements *= size
-    if elements >= 2**60:
-        raise ValueError(f"{what} must have less than 2**60 elements, got sizes {tuple(sizes)}")
 
 
 def _shapes(
@@ -416,10 +420,12 @@ def _spatial_pads(name: str, pairs: list[Any], data_format: str) -> tuple[Pair, 
     return pairs[0], pairs[1]
 
 
-def _axis(
-    name: str, size: int, kernel: int, stride: int, dilation: int, pads: str | Pair
+def spatial_axis(
+    size: int, kernel: int, stride: int, dilation: int, pads: str | Pair, filter_name: str
 ) -> SpatialAxis:
     """With the output size and the padding by TensorFlow's rules."""
+    if max(stride, dilation) > _INT32_MAX:
+        raise ValueError(f"strides and dilations must be below 2**31, got {stride} and {dilation}")
     window = (kernel - 1) * dilation + 1 if kernel else 0
     if pads == "SAME":
         out = -(-size // stride)
@@ -432,19 +438,20 @@ def _axis(
         room = size + low + high - window + stride
         if room <= -stride:
             raise ValueError(
-                f"`{name}` must overhang the padded input by less than two strides, got a dilated "
-                f"size of {window} with stride {stride} on an input of {low} + {size} + {high}"
+                f"`{filter_name}` must overhang the padded input by less than two strides, got a "
+                f"dilated size of {window} with stride {stride} on an input of "
+                f"{low} + {size} + {high}"
             )
         out = max(room, 0) // stride
     if max(window, size + low + high) > _INT32_MAX:
         raise ValueError(
-            f"`{name}` and the padded input must each span less than 2**31, got a dilated size of "
-            f"{window} on an input of {low} + {size} + {high}"
+            f"`{filter_name}` and the padded input must each span less than 2**31, got a dilated "
+            f"size of {window} on an input of {low} + {size} + {high}"
         )
     return SpatialAxis(size, kernel, out, stride, (low, high), dilation)
 
 
-def _precision(value: Any) -> str | tuple[str, str] | None:
+def canonical_precision(value: Any) -> str | tuple[str, str] | None:
     """lax's precision, by the names that it has in both of lax's notations."""
     if value is None:
         return None

@@ -1,6 +1,8 @@
 """One table of named cases for all tests, and the one function that says what rounding may do.
 
-Shapes are NHWC and [R, S, C, M]. TensorFlow's own configurations are those of
+Shapes are NHWC and [R, S, C, M], with one spatial axis less or more too.
+
+TensorFlow's own configurations are those of
 `tensorflow/python/kernel_tests/nn_ops/depthwise_conv_op_base.py`, `compiler/tests` and
 `nn_grad_test.py` in TensorFlow 2.21, XLA's of `conv_depthwise_test`, Keras' of its 3.15 tests,
 PyTorch's of its OpInfo samples.
@@ -19,8 +21,10 @@ import reference
 from jax.core import Tracer
 
 import jax_dwbp
+from jax_dwbp import _rules
 from jax_dwbp._impl import interpret
-from jax_dwbp._spec import FORWARD, Arguments, canonicalize
+from jax_dwbp._spec import FORWARD, Arguments, ConvSpec, canonicalize, spatial_axis
+from jax_dwbp._spec import OPS as RECORDS
 from jax_dwbp.bench import layers
 
 OPS = ("forward", "input_grad", "filter_grad")
@@ -46,9 +50,18 @@ class Case:
     name: str
     input: Any
     filter: Any
-    strides: Any = (1, 1)
+    strides: Any = None  # of 1 in all axes, as dilations
     padding: Any = "SAME"
-    dilations: Any = (1, 1)
+    dilations: Any = None
+
+    def __post_init__(self):
+        for name in ("strides", "dilations"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, (1,) * self.rank)
+
+    @property
+    def rank(self):
+        return len(self.input) - 2
 
     def __str__(self):
         return self.name
@@ -73,10 +86,23 @@ class Case:
             "dilations": spatial(self.dilations, data_format),
         }
 
-    def spec(self):
+    def spec(self, data_format="NHWC", precision=None, implementation=None):
         """What implementations get."""
-        spec = canonicalize(FORWARD, Arguments(self.input, self.filter, None, **self.attributes()))
-        return dataclasses.replace(spec, interpret=interpret.value)
+        if self.rank == 2:
+            attributes = self.attributes()
+            spec = canonicalize(FORWARD, Arguments(self.input, self.filter, None, **attributes))
+            return dataclasses.replace(spec, interpret=interpret.value)
+        pads = [self.padding] * self.rank if isinstance(self.padding, str) else self.padding
+        sizes = (self.input[1:-1], self.filter[:-2], self.strides, self.dilations, pads)
+        names = (implementation,) if isinstance(implementation, str) else implementation
+        return ConvSpec(
+            axes=tuple(spatial_axis(*axis, "filter") for axis in zip(*sizes, strict=True)),
+            channels_first=data_format == "NCHW",
+            channels=self.filter[-2],
+            multiplier=self.filter[-1],
+            precision=precision,
+            implementation=names,
+        )
 
     def operands(self, op, dtype="float32", seed=0):
         """Random operands of `op` in [-1, 1), the same for the same case, dtype and seed."""
@@ -91,7 +117,20 @@ class Case:
         return rng.uniform(-1, 1, shape).astype(jnp.dtype(dtype))
 
     def run(self, op, a, b, data_format: Any = "NHWC", **options):
-        """The op of this package on NHWC operands, whatever layout it is run in."""
+        """The op of this package on NHWC operands, whatever layout it is run in.
+
+        The public ones have two spatial axes. Of others it is what the stand-in for lax's calls.
+        """
+        if self.rank != 2:
+            forward_mode = options.pop("forward_mode", False)
+            spec = self.spec(data_format, **options)
+            record = RECORDS[op]
+            operands = [
+                jnp.asarray(x if name == "f" else to_layout(x, data_format))
+                for name, x in zip(record.operands, (a, b), strict=True)
+            ]
+            result = _rules.apply(*operands, op=record, spec=spec, forward_mode=forward_mode)
+            return result if record.result == "f" else from_layout(result, data_format)
         options = {**self.attributes(data_format), **options}
         if op == "forward":
             y = jax_dwbp.depthwise_conv2d_native(to_layout(a, data_format), b, **options)
@@ -117,9 +156,10 @@ class Case:
         sqrt(terms). A running sum grows like sqrt(terms) too and errs by eps of that at each step,
         a walk of up to terms / 4 (5 sigma of a uniform distribution's) if it is one chain.
         """
-        r, s, _, m = self.filter
-        n, p, q, _ = self.output
-        terms = {"forward": r * s, "input_grad": r * s * m, "filter_grad": n * p * q}[op]
+        *window, _, m = self.filter
+        taps = math.prod(window)
+        outputs = math.prod(self.output[:-1])
+        terms = {"forward": taps, "input_grad": taps * m, "filter_grad": outputs}[op]
         eps = jnp.finfo(dtype).eps if dtype == "float64" else jnp.finfo("float32").eps
         return float(eps) * (2 * math.sqrt(max(terms, 1)) + terms / 4)
 
@@ -146,12 +186,12 @@ def spatial(pair, data_format):
 
 
 def layout_shape(shape, data_format):
-    n, h, w, c = shape
-    return (n, h, w, c) if data_format == "NHWC" else (n, c, h, w)
+    n, *sizes, c = shape
+    return tuple(shape) if data_format == "NHWC" else (n, c, *sizes)
 
 
 def to_layout(x, data_format):
-    return x if data_format == "NHWC" else x.transpose(0, 3, 1, 2)
+    return x if data_format == "NHWC" else x.transpose(0, x.ndim - 1, *range(1, x.ndim - 1))
 
 
 def from_layout(x, data_format):
@@ -160,7 +200,7 @@ def from_layout(x, data_format):
     # A result on one device by NumPy, for which nothing is compiled.
     if isinstance(x, jax.Array) and not isinstance(x, Tracer) and len(x.devices()) == 1:
         x = np.asarray(x)
-    return x.transpose(0, 2, 3, 1)
+    return x.transpose(0, *range(2, x.ndim), 1)
 
 
 # Small enough for every dtype, layout, implementation and transformation; together they have each
@@ -188,6 +228,18 @@ SMALL = (
     Case("pointwise", (2, 3, 4, 5), (1, 1, 5, 2)),
     Case("causal_1d", (2, 1, 12, 3), (1, 4, 3, 1), padding=((0, 0), (3, 0))),
     Case("long_1d", (2, 1, 300, 2), (1, 5, 2, 1)),
+)
+# The same of one spatial axis and of three.
+OTHER_RANKS = (
+    Case("line", (2, 11, 3), (4, 3, 2), (2,), ((1, 2),)),
+    Case("dilated_line", (1, 12, 2), (3, 2, 1), dilations=(3,)),
+    Case("line_of_many", (1, 70, 1), (60, 1, 4)),
+    Case("volume", (2, 4, 5, 6, 3), (3, 3, 3, 3, 2)),
+    Case("strided_volume", (1, 7, 6, 5, 2), (3, 2, 3, 2, 1), (2, 1, 2), ((1, 0), (0, 1), (2, 1))),
+    Case("dilated_volume", (1, 8, 7, 6, 2), (3, 2, 2, 2, 2), (3, 1, 2), "VALID", (2, 3, 1)),
+    Case("deep_volume", (1, 9, 3, 4, 2), (8, 2, 1, 2, 1)),
+    Case("filter_above_volume", (2, 2, 3, 2, 4), (5, 4, 3, 4, 1)),
+    Case("volume_of_one_channel", (1, 3, 6, 9, 1), (2, 3, 5, 1, 3)),
 )
 EMPTY = (
     Case("no_batch", (0, 5, 6, 3), (3, 3, 3, 2)),
@@ -307,9 +359,9 @@ FRAMEWORKS = (
 LAYERS = tuple(
     Case(
         layer.name,
-        (1, layer.height, layer.width, layer.channels),
+        (1, *layer.sizes, layer.channels),
         (*layer.kernel, layer.channels, layer.multiplier),
-        (layer.stride, layer.stride),
+        layer.strides,
         layer.padding,
     )
     for layer in layers.GROUPS["networks"]

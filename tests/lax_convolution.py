@@ -40,7 +40,7 @@ def result_and_gradients(lhs, rhs, u, options):
     if batch_groups > 1:  # a group reads a part of the batch, and all of the channels
         x = x.swapaxes(0, 1)
     y, dx, df = np.zeros(v.shape), np.zeros(x.shape), np.zeros(f.shape)
-    s = "pq"[: lhs.ndim - 2]
+    s = "opq"[: lhs.ndim - 2]
     for window, read, written in _taps(lhs, rhs, u, options):
         tap = (..., *window)
         y[written] += np.einsum(f"ngi{s},gji->ngj{s}", x[read], f[tap])

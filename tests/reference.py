@@ -1,8 +1,11 @@
 """The three ops as loops over the taps in float64 or better, written from TensorFlow's rules alone.
 
 It shares no code with the package: sizes and pads are worked out here, from the input's size, and
-each tap lists the pairs of rows and of columns that it joins.
+each tap lists, for each spatial axis, the pairs of an input's and an output's place that it joins.
 """
+
+import itertools
+import math
 
 import numpy as np
 
@@ -23,60 +26,64 @@ def geometry(size, kernel, stride, dilation, padding):
     return max((size + low + high - reach) // stride + 1, 0), low
 
 
+def _geometry(case):
+    """That of each spatial axis."""
+    rank = len(case.input) - 2
+    padding = [case.padding] * rank if isinstance(case.padding, str) else case.padding
+    return [
+        geometry(*axis)
+        for axis in zip(
+            case.input[1:-1], case.filter[:-2], case.strides, case.dilations, padding, strict=True
+        )
+    ]
+
+
 def output_shape(case):
-    n, h, w, c = case.input
-    r, s, _, m = case.filter
-    padding = [case.padding] * 2 if isinstance(case.padding, str) else case.padding
-    return (
-        n,
-        geometry(h, r, case.strides[0], case.dilations[0], padding[0])[0],
-        geometry(w, s, case.strides[1], case.dilations[1], padding[1])[0],
-        c * m,
-    )
+    *_, c, m = case.filter
+    return (case.input[0], *(out for out, _ in _geometry(case)), c * m)
 
 
 def _taps(case):
-    """For each tap (r, s): the rows and columns of the input, and those of the output they meet."""
-    padding = [case.padding] * 2 if isinstance(case.padding, str) else case.padding
+    """For each tap of the filter: its index, what it reads of the input, and where that goes."""
     lists = []
-    for axis in range(2):
-        size, kernel = case.input[1 + axis], case.filter[axis]
-        stride, dilation = case.strides[axis], case.dilations[axis]
-        out, low = geometry(size, kernel, stride, dilation, padding[axis])
+    for axis, (out, low) in enumerate(_geometry(case)):
         taps = []
-        for k in range(kernel):
+        for k in range(case.filter[axis]):
             outputs = np.arange(out)
-            inputs = outputs * stride - low + k * dilation
-            there = (0 <= inputs) & (inputs < size)
+            inputs = outputs * case.strides[axis] - low + k * case.dilations[axis]
+            there = (0 <= inputs) & (inputs < case.input[1 + axis])
             taps.append((inputs[there], outputs[there]))
         lists.append(taps)
-    for r, (h, p) in enumerate(lists[0]):
-        for s, (w, q) in enumerate(lists[1]):
-            yield r, s, np.ix_(h, w), np.ix_(p, q)
+    for tap in itertools.product(*(range(len(taps)) for taps in lists)):
+        pairs = [taps[k] for taps, k in zip(lists, tap, strict=True)]
+        inputs, outputs = zip(*pairs, strict=True)
+        yield tap, (slice(None), *np.ix_(*inputs)), (slice(None), *np.ix_(*outputs))
 
 
 def forward(case, x, f):
     x, f = _wide(x, f)
-    n, p, q, _ = output_shape(case)
-    y = np.zeros((n, p, q, *f.shape[2:]), x.dtype)
-    for r, s, (h, w), (p, q) in _taps(case):
-        y[:, p, q] += x[:, h, w, :, None] * f[r, s]
-    return y.reshape(output_shape(case))
+    shape = output_shape(case)
+    y = np.zeros((*shape[:-1], *f.shape[-2:]), x.dtype)
+    for tap, read, written in _taps(case):
+        y[written] += x[read][..., None] * f[tap]
+    return y.reshape(shape)
 
 
 def input_grad(case, f, dy):
     f, dy = _wide(f, dy)
-    dy = dy.reshape(*dy.shape[:3], *f.shape[2:])
+    dy = dy.reshape(*dy.shape[:-1], *f.shape[-2:])
     dx = np.zeros(case.input, f.dtype)
-    for r, s, (h, w), (p, q) in _taps(case):
-        dx[:, h, w] += (dy[:, p, q] * f[r, s]).sum(-1)
+    for tap, read, written in _taps(case):
+        dx[read] += (dy[written] * f[tap]).sum(-1)
     return dx
 
 
 def filter_grad(case, x, dy):
     x, dy = _wide(x, dy)
-    dy = dy.reshape(*dy.shape[:3], *case.filter[2:])
+    dy = dy.reshape(*dy.shape[:-1], *case.filter[-2:])
     df = np.zeros(case.filter, x.dtype)
-    for r, s, (h, w), (p, q) in _taps(case):
-        df[r, s] = np.einsum("npqc,npqcm->cm", x[:, h, w], dy[:, p, q])
+    for tap, read, written in _taps(case):
+        u, v = x[read], dy[written]
+        count, c, m = math.prod(u.shape[:-1]), *case.filter[-2:]
+        df[tap] = np.einsum("kc,kcm->cm", u.reshape(count, c), v.reshape(count, c, m))
     return df

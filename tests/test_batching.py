@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import IMPLEMENTATIONS, OPS, SMALL, Case
+from cases import IMPLEMENTATIONS, OPS, OTHER_RANKS, SMALL, Case
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 CASE = Case("batched", (2, 4, 5, 2), (3, 2, 2, 2), (2, 1))
@@ -76,7 +76,7 @@ def test_each_axis_by_name(op, implementation):
     check_axes(CASE, op, pairs, 3, implementation=implementation)
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("case", SMALL + OTHER_RANKS, ids=str)
 @every_op
 def test_every_case(case, op):
     check_axes(case, op, [(0, 0), (0, None), (None, 0)], 2)

@@ -22,22 +22,24 @@ from jax_dwbp.bench import command, contestants, layers, peers, tables, timing
 GROUPS = dict(layers.GROUPS)
 ALIKE = ((1, 1), (1, 1))
 TINY = (
-    layers.Layer("plain", 5, 6, 3, 1, (3, 3), 1, ALIKE),
-    layers.Layer("strided", 8, 7, 2, 1, (5, 5), 2, ((2, 2), (2, 2))),
-    layers.Layer("multiplied", 5, 6, 3, 2, (3, 3), 1, ALIKE),
-    layers.Layer("causal", 1, 12, 3, 1, (1, 4), 1, ((0, 0), (3, 0))),
+    layers.Layer("plain", (5, 6), 3, 1, (3, 3), (1, 1), ALIKE),
+    layers.Layer("strided", (8, 7), 2, 1, (5, 5), (2, 2), ((2, 2), (2, 2))),
+    layers.Layer("multiplied", (5, 6), 3, 2, (3, 3), (1, 1), ALIKE),
+    layers.Layer("causal", (1, 12), 3, 1, (1, 4), (1, 1), ((0, 0), (3, 0))),
 )
-PLANE = layers.Layer("plane", 5, 6, 1, 1, (3, 3), 1, ALIKE, batch=2)
-FIRST = layers.Layer("first", 8, 7, 2, 2, (5, 5), 2, ((2, 2), (2, 2)), 1, data_format="NCHW")
-HALVES = layers.Layer("halves", 5, 6, 3, 1, (3, 3), 1, ALIKE, 2, ("bfloat16", "float16"))
-DOUBLE = layers.Layer("double", 5, 6, 1, 1, (3, 3), 1, ALIKE, 1, ("float64",))
-MANY = layers.Layer("many", 5, 6, 2, 2, (3, 3), 1, ALIKE, batch=1, problems=3)
+PLANE = layers.Layer("plane", (5, 6), 1, 1, (3, 3), (1, 1), ALIKE, batch=2)
+FIRST = layers.Layer("first", (8, 7), 2, 2, (5, 5), (2, 2), ((2, 2), (2, 2)), 1, data_format="NCHW")
+HALVES = layers.Layer("halves", (5, 6), 3, 1, (3, 3), (1, 1), ALIKE, 2, ("bfloat16", "float16"))
+DOUBLE = layers.Layer("double", (5, 6), 1, 1, (3, 3), (1, 1), ALIKE, 1, ("float64",))
+MANY = layers.Layer("many", (5, 6), 2, 2, (3, 3), (1, 1), ALIKE, batch=1, problems=3)
+VOLUME = layers.Layer("volume", (4, 5, 6), 2, 2, (3, 1, 3), (1, 1, 2), ((1, 1), (0, 0), (1, 1)), 2)
 TINY_GROUPS = {
     "networks": TINY,
     "pictures": (PLANE,),
     "nchw": (FIRST,),
     "half": (HALVES,),
     "double": (DOUBLE,),
+    "volumes": (VOLUME,),
     "problems": (MANY,),
 }
 # A skip would be taken for a test that is missing: the tests need no peer but TensorFlow.
@@ -72,11 +74,11 @@ def test_layers():
     assert len({layer.name for layer in every}) == len(every)
     for layer in every:
         task = layers.Task(layer, "forward", 1, "float32")
-        sizes = (layer.height, layer.width)
-        assert task.output == tuple(-(-size // layer.stride) for size in sizes)
+        sizes = zip(layer.sizes, layer.strides, strict=True)
+        assert task.output == tuple(-(-size // stride) for size, stride in sizes)
         assert all(low >= high for low, high in layer.padding)
     [strided] = [layer for layer in every if layer.name == "efficientnet-b0 56x56x144 k5 s2"]
-    assert strided == layers.Layer(strided.name, 56, 56, 144, 1, (5, 5), 2, ((2, 2), (2, 2)))
+    assert strided == layers.Layer(strided.name, (56, 56), 144, 1, (5, 5), (2, 2), ((2, 2), (2, 2)))
 
 
 def test_figures(capsys):
@@ -131,7 +133,8 @@ def test_dtypes(dtype):
 
 def test_groups(capsys):
     """A layer has its batch size, dtypes, layout and problems, and a table tells the first two."""
-    arguments = ("--groups=nchw,half,double,problems", "--ops=forward", "--json=speed.json")
+    groups = ("nchw", "half", "double", "volumes", "problems")
+    arguments = (f"--groups={','.join(groups)}", "--ops=forward", "--json=speed.json")
     assert run("--implementations=lax", *arguments) == 0
     rows = [row for row in figures()["rows"] if row["contestant"] == "lax"]
     keys = ("layer", "batch", "dtype", "bytes")
@@ -141,11 +144,12 @@ def test_groups(capsys):
         ("halves", 2, "bfloat16", 2 * (180 + 27 + 180)),
         ("halves", 2, "float16", 2 * (180 + 27 + 180)),
         ("double", 1, "float64", 8 * (30 + 9 + 30)),
+        ("volume", 2, "float32", 4 * (2 * 240 + 36 + 2 * 240)),
         ("many", 1, "float32", 3 * 4 * (60 + 36 + 120)),
     ]
     out = capsys.readouterr().out
     titles = re.findall("^### (.*), in milliseconds$", out, re.MULTILINE)
-    assert titles == [f"{group}, forward" for group in ("nchw", "half", "double", "problems")]
+    assert titles == [f"{group}, forward" for group in groups]
     for label in ("first, batch 1", "halves, batch 2, bfloat16", "double, batch 1, float64"):
         assert out.count(f"\n| {label} | ") == 2  # of times, and of compilation
 
@@ -270,7 +274,7 @@ def test_peer_that_rounds_its_sums(dtype, status, capsys, monkeypatch):
 
 
 def test_implementation_that_can_not_run(capsys, monkeypatch):
-    wide = layers.Layer("wide", 1, 80, 2, 1, (2, 64), 1, ((1, 0), (63, 0)))
+    wide = layers.Layer("wide", (1, 80), 2, 1, (2, 64), (1, 1), ((1, 0), (63, 0)))
     monkeypatch.setitem(layers.GROUPS, "networks", (wide,))
     assert run("--ops=forward", "--implementations=xla_taps,lax") == 0
     out, err = capsys.readouterr()

@@ -46,11 +46,11 @@ def sizes(rng):
     return batch, channels, features, channels, 1, 1, False
 
 
-def draw(seed):
+def draw(seed, ranks=(1, 2, 2)):
     """Operands, in lax's default layout, u for its gradients, the options of a call, and whether it
     and its gradients are depthwise."""
     rng = np.random.default_rng([5, seed])
-    rank = pick(rng, 1, 2, 2)
+    rank = pick(rng, *ranks)
     while True:
         batch, channels, features, group, groups, batch_groups, is_ours = sizes(rng)
         spatial = tuple(integer(rng, 1, 9) for _ in range(rank))
@@ -74,6 +74,9 @@ def draw(seed):
             "feature_group_count": groups,
             "batch_group_count": batch_groups,
         }
+        steps = [*zip(window, strides, strict=True), *zip(window, lhs_dilation, strict=True)]
+        if groups == batch_groups == 1 and (2, 2) in steps:
+            continue  # XLA aborts the process at some gradients of these
         lhs, rhs = (batch, channels, *spatial), (features, group, *window)
         try:
             out = jax.eval_shape(
@@ -120,9 +123,14 @@ def counts(lhs, rhs):
 
 
 @pytest.mark.usefixtures("unoptimized")
-@pytest.mark.parametrize("seeds", [range(i, i + 10) for i in range(0, 120, 10)], ids=str)
-def test_result_and_gradients(conv, seeds):
-    cases = [draw(seed) for seed in seeds]
+@pytest.mark.parametrize(
+    ("ranks", "seeds"),
+    [((1, 2, 2), range(i, i + 10)) for i in range(0, 120, 10)]
+    + [((3,), range(i, i + 4)) for i in range(2000, 2024, 4)],
+    ids=str,
+)
+def test_result_and_gradients(conv, ranks, seeds):
+    cases = [draw(seed, ranks) for seed in seeds]
 
     def one(seed, options, lhs, rhs, u):
         function = transposed(conv, options, seed)
@@ -150,9 +158,13 @@ def test_result_and_gradients(conv, seeds):
 
 @pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("mapped", [(0, None), (None, 0), (0, 0)], ids=str)
-@pytest.mark.parametrize("seeds", [range(i, i + 5) for i in range(1000, 1020, 5)], ids=str)
-def test_vmap(conv, mapped, seeds):
-    cases = [draw(seed) for seed in seeds]
+@pytest.mark.parametrize(
+    ("ranks", "seeds"),
+    [((1, 2, 2), range(i, i + 5)) for i in range(1000, 1020, 5)] + [((3,), range(3000, 3003))],
+    ids=str,
+)
+def test_vmap(conv, mapped, ranks, seeds):
+    cases = [draw(seed, ranks) for seed in seeds]
     parts = ((1, 2), (-2, 1))
 
     def stacked(lhs, rhs, u):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import DEFAULT_ON_CPU, EMPTY, OPS, SMALL, Case
+from cases import DEFAULT_ON_CPU, EMPTY, OPS, OTHER_RANKS, SMALL, Case
 from jax.test_util import check_grads
 
 import jax_dwbp
@@ -62,7 +62,7 @@ def check_linear(function, arguments):
         np.testing.assert_allclose(np.sum(cotangent * delta), difference, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("case", SMALL + OTHER_RANKS, ids=str)
 @every_op
 def test_first_order(case, op):
     check_linear(functools.partial(case.run, op), case.operands(op, "float64"))

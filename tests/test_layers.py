@@ -31,6 +31,7 @@ LAYERS = (
     ("_impl.pallas_tpu.kernels",),
     ("_impl.pallas_tpu.sources",),
     ("_impl.pallas_tpu.plan",),
+    ("_impl.depth",),
     ("_impl.taps",),
     ("_impl.__init__",),
     ("_spec", "_compat", "_version"),

@@ -507,6 +507,67 @@ def test_axes_of_size_one(op, case, of, axis):
     check_divided(case, op, of, P(*[None] * axis, "i"), 8)
 
 
+LINE = Case("line", (2, 16, 4), (5, 4, 2), (2,), ((2, 1),))
+VOLUME = Case("volume", (2, 8, 16, 4, 4), (3, 3, 3, 4, 1), (1, 2, 1))
+
+
+@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
+@pytest.mark.parametrize(
+    ("case", "axis"), [(LINE, 1), (VOLUME, 1), (VOLUME, 2), (VOLUME, 3)], ids=str
+)
+@every_op
+def test_each_axis_of_lines_and_volumes(op, case, axis, data_format):
+    """What windows share is sent to the neighbours, and nothing else."""
+    parts = 4
+    operands = case.operands(op)
+    *in_specs, out_spec = specs(op, P(*[None] * axis, "i"), P())
+    run = functools.partial(case.run, op, data_format=data_format)
+    program, placed, sent = compiled(run, operands, mesh_of(i=parts), in_specs, out_spec)
+    size, kernel, stride = case.input[axis], case.filter[axis - 1], case.strides[axis - 1]
+    low = 2 if case is LINE else (kernel - stride) // 2
+    shape = case.output if op == "input_grad" else case.input
+    of_one = math.prod(shape) // shape[axis]
+    if op == "input_grad":
+        before = -((low - kernel + 1) // stride)
+        after = (size // parts - 1 + low) // stride + 1 - size // stride // parts
+    else:
+        before, after = low, kernel - stride - low
+    assert sorted(sent.pop("collective-permute")) == sorted(
+        of_one * count for count in (before, after) if count > 0
+    )
+    assert sent == ({"all-reduce": [math.prod(case.filter)]} if op == "filter_grad" else {})
+    case.check(op, program(*placed), case.expected(op, *operands), "float32")
+
+
+@every_op
+def test_all_axes_of_a_volume(op):
+    operands, mesh = VOLUME.operands(op), mesh_of(d=2, h=2, w=2)
+    *in_specs, out_spec = specs(op, P(None, "d", "h", "w"), P())
+    run = functools.partial(VOLUME.run, op)
+    program, placed, sent = compiled(run, operands, mesh, in_specs, out_spec)
+    assert set(sent) == {"collective-permute"} | ({"all-reduce"} if op == "filter_grad" else set())
+    VOLUME.check(op, program(*placed), VOLUME.expected(op, *operands), "float32")
+
+
+@pytest.mark.parametrize(
+    ("case", "of", "axis"),
+    [
+        (case, of, axis)
+        for case in (
+            Case("line", (8, 16, 8), (8, 8, 2)),
+            Case("volume", (8, 8, 16, 8, 8), (8, 3, 1, 8, 1), (1, 2, 8)),
+        )
+        for of, shape in (("x", case.input), ("f", case.filter), ("dy", case.output))
+        for axis, size in enumerate(shape)
+        if size % 8 == 0
+    ],
+    ids=str,
+)
+@every_op
+def test_axes_of_lines_and_volumes_that_divide(op, case, of, axis):
+    check_divided(case, op, of, P(*[None] * axis, "i"), 8)
+
+
 @pytest.mark.parametrize("own_filters", [False, True])
 @pytest.mark.parametrize("axis", ["problems", "batch"])
 @every_op

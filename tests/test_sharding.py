@@ -1,5 +1,6 @@
 """`shard_map` and sharded inputs on 8 host devices: values, gradients of replicated operands."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import HAS_NATIVE, IMPLEMENTATIONS, OPS, Case
+from cases import HAS_NATIVE, IMPLEMENTATIONS, OPS, OTHER_RANKS, Case
 from covering import covering
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -73,11 +74,11 @@ def assert_close(got, want):
         np.testing.assert_allclose(g, w.astype("float64"), atol=1e-11)
 
 
-def check_values_and_gradients(mesh, op, jit, **options):
-    both = with_gradients(sharded(CASE, op, mesh, **options))
-    operands = CASE.operands(op, "float64")
+def check_values_and_gradients(mesh, op, jit, case=CASE, **options):
+    both = with_gradients(sharded(case, op, mesh, **options))
+    operands = case.operands(op, "float64")
     got = (jax.jit(both) if jit else both)(*operands)
-    assert_close(got, expected_with_gradients(CASE, op, *operands))
+    assert_close(got, expected_with_gradients(case, op, *operands))
 
 
 @pytest.mark.parametrize("jit", [False, True])
@@ -85,6 +86,17 @@ def check_values_and_gradients(mesh, op, jit, **options):
 @every_op
 def test_values_and_gradients(mesh, op, forward_mode, jit):
     check_values_and_gradients(mesh, op, jit, forward_mode=forward_mode)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [dataclasses.replace(case, input=(8, *case.input[1:])) for case in OTHER_RANKS],
+    ids=str,
+)
+@pytest.mark.parametrize("forward_mode", [False, True])
+@every_op
+def test_lines_and_volumes(mesh, op, forward_mode, case):
+    check_values_and_gradients(mesh, op, True, case=case, forward_mode=forward_mode)
 
 
 @covering(op=OPS, implementation=IMPLEMENTATIONS, forward_mode=[False, True], jit=[False, True])
@@ -162,12 +174,15 @@ def explicit_mesh():
     return jax.make_mesh((8,), ("i",), axis_types=(AxisType.Explicit,))
 
 
-def check_explicit_sharding(explicit_mesh, op, sharded, jit, **options):
+EXPLICIT = Case("explicit", (8, 16, 6, 8), (3, 3, 8, 2), (2, 1))
+
+
+def check_explicit_sharding(explicit_mesh, op, sharded, jit, case=EXPLICIT, **options):
     """Values and gradients, with types that say so."""
-    case = Case("explicit", (8, 16, 6, 8), (3, 3, 8, 2), (2, 1))
     filters = {"forward": 1, "input_grad": 0, "filter_grad": 2}[op]
-    activation = {"batch": P("i"), "channels": P(None, None, None, "i"), "rows": P(None, "i")}
-    of_filter = P(None, None, "i", None) if sharded == "channels" else P()
+    whole = [None] * case.rank
+    activation = {"batch": P("i"), "channels": P(None, *whole, "i"), "rows": P(None, "i")}
+    of_filter = P(*whole, "i", None) if sharded == "channels" else P()
     specs = [of_filter if i == filters else activation[sharded] for i in range(3)]
     operands = case.operands(op, "float64")
     both = with_gradients(functools.partial(case.run, op, **options))
@@ -202,6 +217,20 @@ def test_explicit_sharding(explicit_mesh, op, sharded, data_format, jit):
 def test_explicit_sharding_by_name(explicit_mesh, op, implementation, sharded, data_format, jit):
     options = {"implementation": implementation, "data_format": data_format}
     check_explicit_sharding(explicit_mesh, op, sharded, jit, **options)
+
+
+@covering(
+    case=(
+        Case("line", (8, 16, 8), (3, 8, 2), (2,)),
+        Case("volume", (8, 16, 5, 4, 8), (3, 2, 2, 8, 1), (2, 1, 2)),
+    ),
+    op=OPS,
+    sharded=["batch", "channels", "rows"],
+    data_format=["NHWC", "NCHW"],
+)
+def test_explicit_sharding_of_lines_and_volumes(explicit_mesh, case, op, sharded, data_format):
+    """The first spatial axis is what "rows" are."""
+    check_explicit_sharding(explicit_mesh, op, sharded, True, case, data_format=data_format)
 
 
 @pytest.mark.parametrize("in_axes", [(0, 0), (0, None), (None, 0)], ids=str)

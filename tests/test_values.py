@@ -11,6 +11,7 @@ from cases import (
     IMPLEMENTATIONS,
     LAYERS,
     OPS,
+    OTHER_RANKS,
     SMALL,
     TENSORFLOW,
     XLA,
@@ -25,7 +26,7 @@ every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS
 
 @covering(
     together=("case", "op", "implementation"),
-    case=SMALL,
+    case=SMALL + OTHER_RANKS,
     op=OPS,
     dtype=DTYPES,
     data_format=("NHWC", "NCHW"),
@@ -75,7 +76,7 @@ def test_empty(op, implementation):
 
 
 def test_same_values_eager_and_jitted():
-    for case in SMALL:
+    for case in SMALL + OTHER_RANKS:
         a, b = case.operands("input_grad")
         jitted = jax.jit(lambda a, b, case=case: case.run("input_grad", a, b))
         np.testing.assert_array_equal(jitted(a, b), case.run("input_grad", a, b))

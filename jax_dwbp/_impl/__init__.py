@@ -2,7 +2,8 @@
 it can. `taps` is what those that sum taps share.
 
 An implementation has one function for each op, on canonical data: C-order NHWC with a leading axis
-of G independent problems, no empty operand, any dtype out of `_spec.DTYPES`.
+of G independent problems, no empty operand, any dtype out of `_spec.DTYPES`. There are two spatial
+axes or three, of which the first is the depth.
 
     forward(spec, x[G,N,H,W,C], f[G,R,S,C,M])            -> [G,N,P,Q,C*M]
     input_grad(spec, f[G,R,S,C,M], dy[G,N,P,Q,C*M])      -> [G,N,H,W,C]
@@ -41,4 +42,5 @@ class Implementation:
     is_pallas: bool = False  # JAX compiles it, for one batch size, or interprets it anywhere
     is_opaque: bool = False  # XLA can't look into it, so it can't divide it among devices
     is_stable: bool = True  # JAX promises that what is exported runs later and without this package
-    takes_any_layout: bool = False  # that of `spec`, with an axis of problems or without
+    # That of `spec`, with one to three spatial axes, with an axis of problems or without.
+    takes_any_layout: bool = False

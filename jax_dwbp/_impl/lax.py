@@ -44,11 +44,11 @@ def unsupported(
 
 def forward(spec: ConvSpec, x: jax.Array, f: jax.Array) -> jax.Array:
     kernel = _fold_filter(f)
-    r, s, groups, multiplier = kernel.shape
+    *window, groups, multiplier = kernel.shape
     y = _conv(
         spec,
         _fold(x),
-        kernel.reshape(r, s, 1, groups * multiplier),
+        kernel.reshape(*window, 1, groups * multiplier),
         window_strides=spec.window_strides,
         padding=spec.padding,
         rhs_dilation=spec.rhs_dilation,
@@ -63,16 +63,17 @@ def input_grad(spec: ConvSpec, f: jax.Array, dy: jax.Array) -> jax.Array:
     for axis in spec.axes:
         low, window = axis.pads[0], (axis.out - 1) * axis.stride + 1
         padding.append((axis.reach - low, axis.size + low - window))
-    lhs, rhs = _fold(dy), _fold_filter(f)[::-1, ::-1].transpose(0, 1, 3, 2)
+    rank = len(spec.axes)
+    rhs = lax.rev(_fold_filter(f), range(rank)).swapaxes(-1, -2)
     dx = _conv(
         spec,
-        lhs,
+        _fold(dy),
         rhs,
-        window_strides=(1, 1),
+        window_strides=(1,) * rank,
         padding=padding,
         lhs_dilation=spec.window_strides,
         rhs_dilation=spec.rhs_dilation,
-        feature_group_count=rhs.shape[3],
+        feature_group_count=rhs.shape[-1],
     )
     return _unfold(dx, f.shape[0], spec.channels)
 
@@ -85,31 +86,32 @@ def filter_grad(spec: ConvSpec, x: jax.Array, dy: jax.Array) -> jax.Array:
         padding.append((low, axis.reach + window - axis.size - low))
     df = _conv(
         spec,
-        _fold(x).transpose(3, 1, 2, 0),
-        _fold(dy).transpose(1, 2, 0, 3),
+        _fold(x).swapaxes(0, -1),
+        jnp.moveaxis(_fold(dy), 0, -2),
         window_strides=spec.rhs_dilation,
         padding=padding,
         rhs_dilation=spec.window_strides,
         batch_group_count=x.shape[0] * spec.channels,
     )[0]
-    r, s = spec.kernel_spatial
-    return jnp.moveaxis(df.reshape(r, s, x.shape[0], spec.channels, spec.multiplier), 2, 0)
+    return jnp.moveaxis(
+        df.reshape(*df.shape[:-1], x.shape[0], spec.channels, spec.multiplier), -3, 0
+    )
 
 
 def _fold(a: jax.Array) -> jax.Array:
-    """[G,a,b,c,D] as [a,b,c,G*D]."""
-    return jnp.moveaxis(a, 0, 3).reshape(*a.shape[1:4], a.shape[0] * a.shape[4])
+    """[G,N,spatial,D] as [N,spatial,G*D]."""
+    return jnp.moveaxis(a, 0, -2).reshape(*a.shape[1:-1], a.shape[0] * a.shape[-1])
 
 
 def _fold_filter(f: jax.Array) -> jax.Array:
-    """[G,R,S,C,M] as [R,S,G*C,M]."""
-    problems, r, s, channels, multiplier = f.shape
-    return jnp.moveaxis(f, 0, 2).reshape(r, s, problems * channels, multiplier)
+    """[G,window,C,M] as [window,G*C,M]."""
+    problems, *window, channels, multiplier = f.shape
+    return jnp.moveaxis(f, 0, -3).reshape(*window, problems * channels, multiplier)
 
 
 def _unfold(a: jax.Array, problems: int, channels: int) -> jax.Array:
-    """[a,b,c,G*D] as [G,a,b,c,D]."""
-    return jnp.moveaxis(a.reshape(*a.shape[:3], problems, channels), 3, 0)
+    """[N,spatial,G*D] as [G,N,spatial,D]."""
+    return jnp.moveaxis(a.reshape(*a.shape[:-1], problems, channels), -2, 0)
 
 
 def _conv(
@@ -118,15 +120,17 @@ def _conv(
     rhs: jax.Array,
     *,
     padding: Sequence[Pair],
-    lhs_dilation: Sequence[int] = (1, 1),
+    lhs_dilation: Sequence[int] | None = None,
     **geometry,
 ) -> jax.Array:
     dtype: Literal["float32"] | None = "float32" if lhs.dtype.itemsize < 4 else None
+    lhs_dilation = lhs_dilation or (1,) * len(padding)
+    spatial = "DHW"[-len(padding) :]
     conv = functools.partial(
         conv_general_dilated,
         rhs=rhs,
         lhs_dilation=lhs_dilation,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
         precision=spec.precision,
         preferred_element_type=dtype,
         **geometry,

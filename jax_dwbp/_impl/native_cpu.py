@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import functools
 import importlib.metadata
+import math
 import re
 from pathlib import Path
 
@@ -107,8 +108,11 @@ def _scratch(op: Op, spec: ConvSpec) -> int:
         written_phases += min(stride, size) if op == INPUT_GRAD else 1
         reach = axis.reach // stride + 2
         spans.append((phases * min(reach, positions), phases * (min(written, _TILE) + reach)))
-    (rows, _), (_, columns) = spans
-    r, s = spec.kernel_spatial
+    # Of the depth and the height together all rows are packed.
+    *outer, (_, columns) = spans
+    rows = math.prod(rows for rows, _ in outer)
+    *outer, s = spec.kernel_spatial
+    r = math.prod(outer)
     packed = spec.multiplier if op == INPUT_GRAD else 1
     lines = packed * rows * columns + spec.multiplier * (r * s + _TILE)
     return _LINE * lines + _TAP * (packed * r + s) + _PHASE * written_phases
@@ -123,7 +127,7 @@ def _call(op: Op, spec: ConvSpec, a: jax.Array, b: jax.Array) -> jax.Array:
         window_strides=np.array(spec.window_strides, np.int64),
         low=np.array([low for low, _ in spec.padding], np.int64),
         rhs_dilation=np.array(spec.rhs_dilation, np.int64),
-        channels_first=spec.data_format == "NCHW",
+        channels_first=spec.channels_first,
     )
 
 

@@ -74,6 +74,8 @@ def unsupported(
     a: jax.ShapeDtypeStruct,
     b: jax.ShapeDtypeStruct,
 ) -> str | None:
+    if len(spec.axes) > 2:
+        return f"it has kernels for one and two spatial axes, got {len(spec.axes)}"
     if a.dtype.itemsize > 4:
         return f"it takes float16, bfloat16 and float32, got {a.dtype}"
     shapes = a.shape, b.shape, spec.result_shape(op, a.shape, b.shape)

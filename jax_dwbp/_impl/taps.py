@@ -7,9 +7,17 @@ are interleaved at the end.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+from jax import lax
+
 from jax_dwbp._spec import INPUT_GRAD, ConvSpec, Op, SpatialAxis
+
+# Terms of a running sum in a loop.
+_RADIX = 4
 
 
 class Tap(NamedTuple):
@@ -32,10 +40,9 @@ class Axis(NamedTuple):
         return -(-self.result // len(self.phases))
 
 
-def axes(op: Op, spec: ConvSpec) -> tuple[Axis, Axis]:
-    """Of height and width: from x for forward and filter_grad, from dy for input_grad."""
-    rows, columns = map(_input_grad if op == INPUT_GRAD else _forward, spec.axes)
-    return rows, columns
+def axes(op: Op, spec: ConvSpec) -> list[Axis]:
+    """Of the spatial axes: from x for forward and filter_grad, from dy for input_grad."""
+    return list(map(_input_grad if op == INPUT_GRAD else _forward, spec.axes))
 
 
 def meeting(axis: SpatialAxis) -> tuple[int, int]:
@@ -71,3 +78,44 @@ def _input_grad(axis: SpatialAxis) -> Axis:
         ks = range(first, last + 1, step)
         phases.append([Tap(k, (a + low - k * dilation) // stride) for k in ks])
     return Axis(out, size, 1, phases)
+
+
+def widen(a: jax.Array) -> jax.Array:
+    """In the type that sums are taken in."""
+    return a.astype(jnp.float32) if a.dtype.itemsize < 4 else a
+
+
+def strided(a: jax.Array, start, count: int, stride: int, axis: int) -> jax.Array:
+    """a[start : : stride] along `axis`, `count` elements; only the start may be traced."""
+    span = (count - 1) * stride + 1
+    if not isinstance(start, int):
+        a, start = lax.dynamic_slice_in_dim(a, start, span, axis), 0
+    return lax.slice_in_dim(a, start, start + span, stride, axis)
+
+
+def pairwise(terms: list[jax.Array]) -> jax.Array:
+    """Their sum."""
+    while len(terms) > 1:
+        pairs = [lax.add(a, b) for a, b in zip(terms[::2], terms[1::2], strict=False)]
+        terms = pairs + terms[len(pairs) * 2 :]
+    return terms[0]
+
+
+def looped_sum(count: int, term: Callable[..., jax.Array], zeros: jax.Array) -> jax.Array:
+    """The sum of term(i) for all i below `count`, where i may be traced: by loops in loops, so that
+    no running sum has more than `_RADIX` terms at any level."""
+
+    def add(total, start, span):
+        """total + term(start) + ... + term(start + span - 1)."""
+        if span == 1:
+            return total + term(start)
+        part = span // _RADIX
+        parts = jnp.minimum(_RADIX, -((start - count) // part))
+        return total + lax.fori_loop(
+            0, parts, lambda i, partial: add(partial, start + i * part, part), zeros
+        )
+
+    span = _RADIX
+    while span < count:
+        span *= _RADIX
+    return add(zeros, 0, span)

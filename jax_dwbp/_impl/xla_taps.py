@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_dwbp._impl import Implementation
-from jax_dwbp._impl.taps import Tap, axes, meeting
+from jax_dwbp._impl import Implementation, depth
+from jax_dwbp._impl.taps import Tap, axes, looped_sum, meeting, pairwise, strided, widen
 from jax_dwbp._spec import FILTER_GRAD, FORWARD, INPUT_GRAD, ConvSpec, Op, SpatialAxis
 
 T = TypeVar("T")
@@ -32,9 +32,8 @@ _MAX_PHASES = 16
 _MAX_LANES = 256
 # The padded input is built, as a multiple of what there is to compute from it.
 _MAX_PADDED = 64
-# Terms of a running sum, of taps and of rows.
+# Taps of a running sum.
 _CHAIN = 5
-_RADIX = 4
 # Products that one loop over x and dy reduces in the filter gradient: of 1, 3, 5, 7, 9 and 49, 9 is
 # the best for 3x3 and within 5% of the best for 5x5 and 7x7.
 _REDUCED = 9
@@ -46,7 +45,7 @@ def unsupported(
     op: Op, spec: ConvSpec, platform: str | None, *operands: jax.ShapeDtypeStruct
 ) -> str | None:
     del platform
-    r, s = spec.kernel_spatial
+    r, s = spec.kernel_spatial[-2:]
     if r * s > _UNROLLED and s > _MAX_COLUMNS:
         return f"filters above {_UNROLLED} taps may have at most {_MAX_COLUMNS} columns, got {s}"
     if op == INPUT_GRAD and math.prod(spec.window_strides) > _MAX_PHASES:
@@ -61,10 +60,12 @@ def unsupported(
 
 
 def forward(spec: ConvSpec, x: jax.Array, f: jax.Array) -> jax.Array:
+    if len(spec.axes) == 3:
+        return depth.forward(forward, spec, x, f)
     rows, cols = (axis.phases[0] for axis in axes(FORWARD, spec))
     y = _weighted_sum(
-        _widen(_repeat(x, spec.multiplier)),
-        _widen(_lanes(f)),
+        widen(_repeat(x, spec.multiplier)),
+        widen(_lanes(f)),
         rows,
         cols,
         spec.out_spatial,
@@ -74,11 +75,13 @@ def forward(spec: ConvSpec, x: jax.Array, f: jax.Array) -> jax.Array:
 
 
 def input_grad(spec: ConvSpec, f: jax.Array, dy: jax.Array) -> jax.Array:
+    if len(spec.axes) == 3:
+        return depth.input_grad(input_grad, spec, f, dy)
     row_axis, col_axis = axes(INPUT_GRAD, spec)
     h, w = spec.in_spatial
     stride_h, stride_w = spec.window_strides
     counts = row_axis.count, col_axis.count
-    wide_f, wide_dy = _widen(_lanes(f)), _widen(dy)
+    wide_f, wide_dy = widen(_lanes(f)), widen(dy)
     dx = jnp.stack(
         [
             jnp.stack(
@@ -95,10 +98,12 @@ def input_grad(spec: ConvSpec, f: jax.Array, dy: jax.Array) -> jax.Array:
     dx = dx.reshape(*dx.shape[:2], counts[0] * stride_h, counts[1] * stride_w, dx.shape[6])
     # The lanes of a channel as strided slices: a reduction over a minor axis of M does not fuse.
     lanes = [dx[:, :, :h, :w, m :: spec.multiplier] for m in range(spec.multiplier)]
-    return _pairwise(lanes).astype(dy.dtype)
+    return pairwise(lanes).astype(dy.dtype)
 
 
 def filter_grad(spec: ConvSpec, x: jax.Array, dy: jax.Array) -> jax.Array:
+    if len(spec.axes) == 3:
+        return depth.filter_grad(filter_grad, spec, x, dy)
     rows, cols = (axis.phases[0] for axis in axes(FILTER_GRAD, spec))
     problems, _, p, q, lanes = dy.shape
     shape = (*spec.kernel_spatial, problems, spec.channels, spec.multiplier)
@@ -107,17 +112,17 @@ def filter_grad(spec: ConvSpec, x: jax.Array, dy: jax.Array) -> jax.Array:
     # A run of output columns is one chain of additions, so long rows are cut into several.
     runs, run = (-(-q // _RUN), _RUN) if q > _MAX_RUN else (1, q)
     stride_h, stride_w = spec.window_strides
-    wide_dy = jnp.pad(_widen(dy), [(0, 0)] * 3 + [(0, runs * run - q), (0, 0)])
+    wide_dy = jnp.pad(widen(dy), [(0, 0)] * 3 + [(0, runs * run - q), (0, 0)])
     wide_dy = wide_dy.reshape(*dy.shape[:3], runs, run, lanes)
     wide_x, rows, cols = _pad(
-        _widen(_repeat(x, spec.multiplier)), rows, cols, (p, runs * run), spec.window_strides
+        widen(_repeat(x, spec.multiplier)), rows, cols, (p, runs * run), spec.window_strides
     )
 
     def row_grads(offset) -> list[jax.Array]:
-        slab = _strided(wide_x, offset, p, stride_h, axis=2)
+        slab = strided(wide_x, offset, p, stride_h, axis=2)
         return [
             lax.mul(
-                _strided(slab, col.offset, runs * run, stride_w, axis=3).reshape(wide_dy.shape),
+                strided(slab, col.offset, runs * run, stride_w, axis=3).reshape(wide_dy.shape),
                 wide_dy,
             )
             for col in cols
@@ -146,10 +151,6 @@ def filter_grad(spec: ConvSpec, x: jax.Array, dy: jax.Array) -> jax.Array:
         for taps, size in zip((rows, cols), spec.kernel_spatial, strict=True)
     ]
     return jnp.moveaxis(jnp.pad(df, [*unused, (0, 0), (0, 0), (0, 0)]), 2, 0)
-
-
-def _widen(a: jax.Array) -> jax.Array:
-    return a.astype(jnp.float32) if a.dtype.itemsize < 4 else a
 
 
 def _repeat(x: jax.Array, multiplier: int) -> jax.Array:
@@ -187,39 +188,26 @@ def _weighted_sum(
     a, rows, cols = _pad(a, rows, cols, counts, strides)
 
     def row_sum(k, offset) -> jax.Array:
-        slab = _strided(a, offset, counts[0], strides[0], axis=2)
-        weights = _strided(f, k, 1, 1, axis=1)
+        slab = strided(a, offset, counts[0], strides[0], axis=2)
+        weights = strided(f, k, 1, 1, axis=1)
         products = [
             lax.mul(
-                _strided(slab, col.offset, counts[1], strides[1], axis=3),
-                lax.broadcast_in_dim(_strided(weights, col.k, 1, 1, axis=2), shape, (0, 2, 3, 4)),
+                strided(slab, col.offset, counts[1], strides[1], axis=3),
+                lax.broadcast_in_dim(strided(weights, col.k, 1, 1, axis=2), shape, (0, 2, 3, 4)),
             )
             for col in cols
         ]
-        return _pairwise([functools.reduce(lax.add, chain) for chain in _groups(products, _CHAIN)])
+        return pairwise([functools.reduce(lax.add, chain) for chain in _groups(products, _CHAIN)])
 
     if len(rows) == 1 or len(rows) * len(cols) <= _UNROLLED:
-        return _pairwise([row_sum(*row) for row in rows])
+        return pairwise([row_sum(*row) for row in rows])
 
-    # The taps of a phase are evenly spaced. Loops in loops sum them, so that no running sum has
-    # more than `_RADIX` terms at any level.
+    # The taps of a phase are evenly spaced.
     first, step = rows[0], Tap(rows[1].k - rows[0].k, rows[1].offset - rows[0].offset)
     zeros = lax.full_like(a, 0, shape=shape)
-
-    def add(total, start, span):
-        """total + the sum of the rows start, ..., start + span - 1."""
-        if span == 1:
-            return total + row_sum(first.k + start * step.k, first.offset + start * step.offset)
-        part = span // _RADIX
-        parts = jnp.minimum(_RADIX, -((start - len(rows)) // part))
-        return total + lax.fori_loop(
-            0, parts, lambda i, partial: add(partial, start + i * part, part), zeros
-        )
-
-    span = _RADIX
-    while span < len(rows):
-        span *= _RADIX
-    return add(zeros, 0, span)
+    return looped_sum(
+        len(rows), lambda i: row_sum(first.k + i * step.k, first.offset + i * step.offset), zeros
+    )
 
 
 def _pad(
@@ -240,14 +228,6 @@ def _pad(
     return lax.pad(a, jnp.zeros((), a.dtype), config), *shifted
 
 
-def _strided(a: jax.Array, start, count: int, stride: int, axis: int) -> jax.Array:
-    """a[start : : stride] along `axis`, `count` elements; only the start may be traced."""
-    span = (count - 1) * stride + 1
-    if not isinstance(start, int):
-        a, start = lax.dynamic_slice_in_dim(a, start, span, axis), 0
-    return lax.slice_in_dim(a, start, start + span, stride, axis)
-
-
 def _groups(terms: list[T], most: int) -> list[list[T]]:
     """The terms in as few groups, of even size, as have at most `most` of them."""
     count = -(-len(terms) // most)
@@ -256,13 +236,6 @@ def _groups(terms: list[T], most: int) -> list[list[T]]:
 
 def _add_all(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> list[jax.Array]:
     return [lax.add(u, v) for u, v in zip(a, b, strict=True)]
-
-
-def _pairwise(terms: list[jax.Array]) -> jax.Array:
-    while len(terms) > 1:
-        pairs = [lax.add(a, b) for a, b in zip(terms[::2], terms[1::2], strict=False)]
-        terms = pairs + terms[len(pairs) * 2 :]
-    return terms[0]
 
 
 def _rank(spec: ConvSpec, platform: str | None) -> int:

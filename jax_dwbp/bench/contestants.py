@@ -24,8 +24,10 @@ class Contestant:
 def function(task: Task, implementation: str) -> Callable[..., list[jax.Array]]:
     """The op of `task` by this package, of x, f and dy."""
     layer = task.layer
+    if len(layer.sizes) > 2:
+        return _of_volumes(task, implementation)
     options: Any = {
-        "strides": (layer.stride, layer.stride),
+        "strides": layer.strides,
         "padding": layer.padding,
         "data_format": layer.data_format,
         "precision": "highest",
@@ -46,6 +48,34 @@ def function(task: Task, implementation: str) -> Callable[..., list[jax.Array]]:
         "step": step,
     }[task.op]
     return jax.vmap(op) if layer.problems > 1 else op
+
+
+def _of_volumes(task: Task, implementation: str) -> Callable[..., list[jax.Array]]:
+    """That by lax's convolution or the stand-in for it, which choose by themselves."""
+    convolutions = {"default": jax_dwbp.conv_general_dilated, "lax": jax.lax.conv_general_dilated}
+    if implementation not in convolutions:
+        raise NotImplementedError("volumes are timed by default and by lax")
+    layer, rank = task.layer, len(task.layer.sizes)
+    spatial = "DHW"[-rank:]
+    images = f"N{spatial}C" if layer.data_format == "NHWC" else f"NC{spatial}"
+
+    def forward(x: jax.Array, f: jax.Array) -> jax.Array:
+        return convolutions[implementation](
+            x,
+            f.reshape(*layer.kernel, 1, -1),
+            layer.strides,
+            layer.padding,
+            dimension_numbers=(images, f"{spatial}IO", images),
+            feature_group_count=layer.channels,
+            precision="highest",
+        )
+
+    def pullback(x, f, dy):
+        y, transposed = jax.vjp(forward, x, f)
+        return y, *transposed(dy)
+
+    wanted = {"forward": [0], "input_grad": [1], "filter_grad": [2], "step": [0, 1, 2]}[task.op]
+    return lambda x, f, dy: [pullback(x, f, dy)[i] for i in wanted]
 
 
 def selections(task: Task) -> list[jax_dwbp.Selection]:

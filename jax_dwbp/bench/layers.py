@@ -22,13 +22,12 @@ class Layer:
     """
 
     name: str
-    height: int
-    width: int
+    sizes: tuple[int, ...]  # of two spatial axes, or of three
     channels: int
     multiplier: int
-    kernel: tuple[int, int]
-    stride: int
-    padding: tuple[tuple[int, int], tuple[int, int]]
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
     batch: int = 8
     dtypes: tuple[str, ...] = ("float32",)
     data_format: Literal["NHWC", "NCHW"] = "NHWC"
@@ -37,20 +36,24 @@ class Layer:
 
 def _layer(
     prefix: str,
-    image: tuple[int, int, int],
-    kernel: tuple[int, int],
-    stride: int = 1,
+    image: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: int | tuple[int, ...] = 1,
     multiplier: int = 1,
     **options: Any,
 ) -> Layer:
     """A layer, padded alike at both ends by default: PyTorch lacks "SAME" with a stride."""
-    (height, width, channels), (r, s) = image, kernel
-    name = f"{prefix} {height}x{width}x{channels} k{r if r == s else f'{r}x{s}'} s{stride}"
+    *sizes, channels = image
+    strides = (stride,) * len(sizes) if isinstance(stride, int) else stride
+    window, steps = (
+        values[0] if len(set(values)) == 1 else "x".join(map(str, values))
+        for values in (kernel, strides)
+    )
+    name = f"{prefix} {'x'.join(map(str, image))} k{window} s{steps}"
     if multiplier > 1:
         name += f" m{multiplier}"
-    top, left = (r - 1) // 2, (s - 1) // 2
-    options = {"padding": ((top, top), (left, left)), **options}
-    return Layer(name, height, width, channels, multiplier, kernel, stride, **options)
+    options = {"padding": tuple(((k - 1) // 2,) * 2 for k in kernel), **options}
+    return Layer(name, tuple(sizes), channels, multiplier, kernel, strides, **options)
 
 
 def _square(prefix: str, size: int, channels: int, kernel: int, **options: Any) -> Layer:
@@ -109,6 +112,14 @@ GROUPS = {
         _square("half", 14, 576, 3, **_HALF),
         _square("half", 28, 192, 7, **_HALF),
     ),
+    "volumes": (
+        _layer("volume", (8, 28, 28, 32), (3, 3, 3), batch=2),
+        _layer("volume", (16, 56, 56, 24), (3, 3, 3), (1, 2, 2), batch=1),
+        _layer("volume", (8, 14, 14, 192), (5, 5, 5), batch=2),
+        _layer("volume", (32, 32, 32, 8), (3, 3, 3), batch=1),
+        _layer("volume", (64, 64, 64, 1), (5, 5, 5), batch=1),
+        _layer("nchw volume", (8, 28, 28, 32), (3, 3, 3), batch=2, **_NCHW),
+    ),
     "double": (_square("double", 512, 1, 3, batch=1, dtypes=("float64",)),),
     "problems": (
         _square("64 problems", 32, 1, 3, batch=1, problems=64),
@@ -131,17 +142,16 @@ class Task:
         return f"{self.op}, batch {self.batch}, {self.dtype}, {self.layer.name}"
 
     @functools.cached_property
-    def output(self) -> tuple[int, int]:
+    def output(self) -> tuple[int, ...]:
         layer = self.layer
-        sizes = zip((layer.height, layer.width), layer.padding, layer.kernel, strict=True)
-        p, q = ((size + sum(pads) - kernel) // layer.stride + 1 for size, pads, kernel in sizes)
-        return p, q
+        axes = zip(layer.sizes, layer.padding, layer.kernel, layer.strides, strict=True)
+        return tuple((n + sum(pads) - kernel) // step + 1 for n, pads, kernel, step in axes)
 
     @functools.cached_property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Of x, f and dy."""
         layer, c, m = self.layer, self.layer.channels, self.layer.multiplier
-        x, dy = (layer.height, layer.width, c), (*self.output, c * m)
+        x, dy = (*layer.sizes, c), (*self.output, c * m)
         if layer.data_format == "NCHW":
             x, dy = (x[-1:] + x[:-1], dy[-1:] + dy[:-1])
         shapes = (self.batch, *x), (*layer.kernel, c, m), (self.batch, *dy)
@@ -150,10 +160,10 @@ class Task:
     @property
     def terms(self) -> list[int]:
         """The length of the sum in an element, for each of the results."""
-        r, s = self.layer.kernel
+        taps = math.prod(self.layer.kernel)
         terms = {
-            "y": r * s,
-            "x": r * s * self.layer.multiplier,
+            "y": taps,
+            "x": taps * self.layer.multiplier,
             "f": self.batch * math.prod(self.output),
         }
         return [terms[name] for name in _RESULTS[self.op]]
@@ -181,19 +191,20 @@ class Task:
         return list(map(self._folded, _RESULTS[self.op], arrays))
 
     def _folded(self, name: str, array: Any) -> np.ndarray:
-        """`array` in NHWC or [R, S, C, M], where the channels are those of all problems.
+        """`array` in NHWC or [R, S, C, M], or these of three spatial axes, where the channels are
+        those of all problems.
 
         For problems with filters of their own are what channels are: one convolution of them all.
         """
         array = np.asarray(array)
-        array = array.reshape(self.layer.problems, *array.shape[-4:])
+        array = array.reshape(self.layer.problems, *array.shape[-len(self.layer.sizes) - 2 :])
         if name == "f":
-            array = np.moveaxis(array, 0, 2)
-            return array.reshape(*array.shape[:2], -1, array.shape[-1])
+            array = np.moveaxis(array, 0, -3)
+            return array.reshape(*array.shape[:-3], -1, array.shape[-1])
         if self.layer.data_format == "NCHW":
-            array = np.moveaxis(array, 2, 4)
-        array = np.moveaxis(array, 0, 3)
-        return array.reshape(*array.shape[:3], -1)
+            array = np.moveaxis(array, 2, -1)
+        array = np.moveaxis(array, 0, -2)
+        return array.reshape(*array.shape[:-2], -1)
 
     def check(self, name: str, got: list[np.ndarray], reference: str, want: list[np.ndarray]):
         """Raises `Mismatch` unless the results are equal to rounding.

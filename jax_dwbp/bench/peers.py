@@ -28,6 +28,7 @@ class Peer:
     dtypes: tuple[str, ...] = DTYPES
     data_formats: tuple[str, ...] = ("NHWC", "NCHW")
     planes: bool = False  # filters one channel to a result of the same size, and nothing else
+    volumes: bool = False  # has three spatial axes too
 
     @property
     def missing(self) -> list[str]:
@@ -43,7 +44,9 @@ class Peer:
         ):
             if value not in known:
                 return f"it computes {', '.join(known)}, not {value}"
-        plane = (1, 1, layer.height, layer.width)
+        if len(layer.sizes) > 2 and not self.volumes:
+            return "it has two spatial axes"
+        plane = (1, 1, *layer.sizes)
         if self.planes and (layer.channels, layer.multiplier, *task.output) != plane:
             return "it filters one channel to a result of the same size"
         return None
@@ -53,7 +56,7 @@ def _tensorflow(task: Task, *operands: jax.Array) -> Contestant:
     tf, layer = _import_tensorflow(), task.layer
     x, f, dy = (tf.constant(np.asarray(operand)) for operand in operands)
     attributes = {
-        "strides": [1, layer.stride, layer.stride, 1],
+        "strides": [1, *layer.strides, 1],
         "padding": "EXPLICIT",
         "explicit_paddings": [0, 0, *layer.padding[0], *layer.padding[1], 0, 0],
     }
@@ -83,21 +86,25 @@ def _torch(
     name: str, layout: str, task: Task, *operands: jax.Array, packed: bool = False
 ) -> Contestant:
     torch = importlib.import_module("torch")
-    layer, (p, q) = task.layer, task.output
-    strides, pads, dilations = [layer.stride] * 2, [low for low, _ in layer.padding], [1, 1]
+    layer, rank = task.layer, len(task.layer.sizes)
+    strides, pads, dilations = list(layer.strides), [low for low, _ in layer.padding], [1] * rank
     x, f, dy = map(torch.from_dlpack, operands)
-    c, m = f.shape[2:]
-    f = f.permute(2, 3, 0, 1).reshape(c * m, 1, *layer.kernel)
-    x, dy = (tensor.permute(0, 3, 1, 2) for tensor in (x, dy))
+    c, m = f.shape[rank:]
+    f = f.permute(rank, rank + 1, *range(rank)).reshape(c * m, 1, *layer.kernel)
+    x, dy = (tensor.movedim(-1, 1) for tensor in (x, dy))
+    if rank == 3 and layout == "channels_last":
+        layout = "channels_last_3d"
     x, f, dy = (t.contiguous(memory_format=getattr(torch, layout)) for t in (x, f, dy))
     # It pads both ends alike. What this makes too much of a causal convolution is cut off, as in
     # Mamba, and there the gradient is zero.
     surplus = [
-        (size + 2 * pad - kernel) // layer.stride + 1 - out
-        for size, pad, kernel, out in zip(x.shape[2:], pads, layer.kernel, (p, q), strict=True)
+        (size + 2 * pad - kernel) // step + 1 - out
+        for size, pad, kernel, step, out in zip(
+            x.shape[2:], pads, layer.kernel, strides, task.output, strict=True
+        )
     ]
     convolve = functools.partial(
-        torch.nn.functional.conv2d, x, f, None, strides, pads, dilations, c
+        getattr(torch.nn.functional, f"conv{rank}d"), x, f, None, strides, pads, dilations, c
     )
     if packed:
         pack, convolution = (
@@ -111,20 +118,20 @@ def _torch(
 
     def forward():
         y = convolve()
-        return y[:, :, :p, :q] if any(surplus) else y
+        return y[:, :, *(slice(out) for out in task.output)] if any(surplus) else y
 
     def backward(*wanted: bool):
-        h, w = surplus
-        full = torch.nn.functional.pad(dy, (0, w, 0, h)) if any(surplus) else dy
+        after = [pad for rows in reversed(surplus) for pad in (0, rows)]
+        full = torch.nn.functional.pad(dy, after) if any(surplus) else dy
         return torch.ops.aten.convolution_backward(
-            full, x, f, None, strides, pads, dilations, False, [0, 0], c, [*wanted, False]
+            full, x, f, None, strides, pads, dilations, False, [0] * rank, c, [*wanted, False]
         )
 
     def arrays(results):
         """`results` in the order y, dx, df, None where it was not wanted."""
-        channels_last = [t.permute(0, 2, 3, 1) for t in results[:2] if t is not None]
-        shape = (c, m, *layer.kernel)
-        filters = [t.reshape(shape).permute(2, 3, 0, 1) for t in results[2:3] if t is not None]
+        channels_last = [t.movedim(1, -1) for t in results[:2] if t is not None]
+        shape, last = (c, m, *layer.kernel), (*range(2, rank + 2), 0, 1)
+        filters = [t.reshape(shape).permute(last) for t in results[2:3] if t is not None]
         return [t.double().numpy() for t in channels_last + filters]
 
     call = {
@@ -166,7 +173,7 @@ def _xnnpack(task: Task, *operands: jax.Array) -> Contestant:
     @tf.function(input_signature=[tf.TensorSpec(x.shape)])
     def forward(x):
         padded = tf.pad(x, [(0, 0), *layer.padding, (0, 0)])
-        strides = [1, layer.stride, layer.stride, 1]
+        strides = [1, *layer.strides, 1]
         return tf.nn.depthwise_conv2d(padded, tf.constant(f), strides, "VALID")
 
     converter = tf.lite.TFLiteConverter.from_concrete_functions(
@@ -194,14 +201,14 @@ def _openvino(task: Task, *operands: jax.Array) -> Contestant:
     node = node if nchw else opset.transpose(node, [0, 3, 1, 2])
     weights = np.transpose(f, (2, 3, 0, 1))[:, :, None]  # a group for each of C, of M to one
     low, high = zip(*layer.padding, strict=True)
-    strides = [layer.stride] * 2
+    strides = list(layer.strides)
     if task.op == "forward":
         node = opset.group_convolution(node, weights, strides, low, high, [1, 1])
     else:
         rest = [
-            (size + sum(pads) - kernel) % layer.stride  # which no window reaches
-            for size, pads, kernel in zip(
-                (layer.height, layer.width), layer.padding, layer.kernel, strict=True
+            (size + sum(pads) - kernel) % step  # which no window reaches
+            for size, pads, kernel, step in zip(
+                layer.sizes, layer.padding, layer.kernel, strides, strict=True
             )
         ]
         node = opset.group_convolution_backprop_data(
@@ -224,8 +231,10 @@ def _openvino(task: Task, *operands: jax.Array) -> Contestant:
 _TORCH = ("torch",)
 PEERS = {
     "tensorflow": Peer(("tensorflow",), _tensorflow, data_formats=("NHWC",)),
-    "torch": Peer(_TORCH, functools.partial(_torch, "torch", "channels_last")),
-    "torch_nchw": Peer(_TORCH, functools.partial(_torch, "torch_nchw", "contiguous_format")),
+    "torch": Peer(_TORCH, functools.partial(_torch, "torch", "channels_last"), volumes=True),
+    "torch_nchw": Peer(
+        _TORCH, functools.partial(_torch, "torch_nchw", "contiguous_format"), volumes=True
+    ),
     "torch_packed": Peer(
         _TORCH,
         functools.partial(_torch, "torch_packed", "channels_last", packed=True),

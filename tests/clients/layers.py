@@ -17,7 +17,7 @@ import numpy as np
 
 C = 64
 KEY = jax.random.key(0)
-IMAGES, SIGNALS = (8, 28, 28, C), (8, 1024, C)
+IMAGES, SIGNALS, VOLUMES = (8, 28, 28, C), (8, 1024, C), (2, 8, 14, 14, C)
 ONE_CHANNEL = (8, 128, 128, 1)
 
 
@@ -52,6 +52,7 @@ def _flax() -> Iterator[tuple[str, Any, Callable]]:
     for name, shape, module in (
         ("`nn.Conv`, 3x3", IMAGES, nn.Conv(C, (3, 3), feature_group_count=C)),
         ("`nn.Conv`, 1-D, 4", SIGNALS, nn.Conv(C, (4,), feature_group_count=C)),
+        ("`nn.Conv`, 3-D, 3x3x3", VOLUMES, nn.Conv(C, (3, 3, 3), feature_group_count=C)),
         ("`nn.Conv`, groups of 4", IMAGES, nn.Conv(C, (3, 3), feature_group_count=C // 4)),
         ("`nn.Conv`, 1 to 8 channels", ONE_CHANNEL, nn.Conv(8, (5, 5))),
         ("`nn.ConvTranspose`, 1 channel", ONE_CHANNEL, nn.ConvTranspose(1, (4, 4), (2, 2))),
@@ -79,10 +80,16 @@ def _equinox() -> Iterator[tuple[str, Any, Callable]]:
 
         return lambda x: (apply, parameters)
 
-    images, signals = (8, C, 28, 28), (8, C, 1024)
+    images, signals, volumes = (8, C, 28, 28), (8, C, 1024), (2, C, 8, 14, 14)
     layers, options = equinox.nn, {"groups": C, "key": KEY}
     yield "Equinox `Conv2d`, 3x3", images, of_equinox(layers.Conv2d(C, C, 3, **options))
     yield "Equinox `Conv1d`, 4", signals, of_equinox(layers.Conv1d(C, C, 4, **options))
+    yield "Equinox `Conv3d`, 3x3x3", volumes, of_equinox(layers.Conv3d(C, C, 3, **options))
+    yield (
+        "Equinox `ConvTranspose3d`, 4x4x4, stride 2",
+        (2, C, 4, 7, 7),
+        of_equinox(layers.ConvTranspose3d(C, C, 4, 2, **options)),
+    )
     yield (
         "Equinox `ConvTranspose2d`, 4x4, stride 2",
         (8, C, 14, 14),
@@ -128,6 +135,7 @@ def _keras() -> Iterator[tuple[str, Any, Callable]]:
         (layers.SeparableConv1D(C, 4, padding="same"), SIGNALS),
         (layers.Conv2D(C, 3, groups=C, padding="same"), IMAGES),
         (layers.Conv1D(C, 4, groups=C, padding="causal"), SIGNALS),
+        (layers.Conv3D(C, 3, groups=C, padding="same"), VOLUMES),
         (layers.Conv2DTranspose(C, 4, 2, padding="same"), IMAGES),
     ):
         groups = ", groups" if getattr(module, "groups", 1) > 1 else ""

@@ -75,10 +75,10 @@ class Case:
     def spec(self) -> ConvSpec:
         layer = self.layer
         given = Arguments(
-            input=(_BATCH, layer.height, layer.width, layer.channels),
+            input=(_BATCH, *layer.sizes, layer.channels),
             filter=(*layer.kernel, layer.channels, layer.multiplier),
             out_backprop=None,
-            strides=(layer.stride, layer.stride),
+            strides=layer.strides,
             padding=layer.padding,
         )
         return canonicalize(FORWARD, given)
@@ -86,7 +86,7 @@ class Case:
     def limit(self) -> float | None:
         """The figure that is accepted."""
         size = max(self.layer.kernel)
-        if size <= 3 or self.layer.stride == 2:
+        if size <= 3 or self.layer.strides == (2, 2):
             return 1.2
         return {5: 1.3, 7: 1.5}.get(size) if self.dtype == "float32" else None
 
@@ -94,7 +94,9 @@ class Case:
 def _layer(kernel: int, stride: int = 1, multiplier: int = 1) -> layers.Layer:
     name = f"56x56x144 k{kernel} s{stride}" + f" m{multiplier}" * (multiplier > 1)
     pads = (kernel // 2, kernel // 2)
-    return layers.Layer(name, 56, 56, 144, multiplier, (kernel, kernel), stride, (pads, pads))
+    return layers.Layer(
+        name, (56, 56), 144, multiplier, (kernel, kernel), (stride, stride), (pads, pads)
+    )
 
 
 _NETWORKS = ("mobilenetv2 7x7x960", "mamba", "odd")

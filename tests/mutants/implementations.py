@@ -20,13 +20,12 @@ FAULTS = [
         ("high + is_mistaken", "high", f"{IMPLEMENTATIONS} -k swapped"),
         ("-1 if is_mistaken else None", "None", f"{IMPLEMENTATIONS} -k swapped"),
         ("before + after >= ", Operator("GtE_Gt"), CROPPED),
-        ("problems, channels), 3, 0)", "channels, problems), 4, 0)", f"{BATCHING} -k lax"),
+        ("problems, channels), -2, 0)", "channels, problems), -1, 0)", f"{BATCHING} -k lax"),
         ('2 if platform == "cpu" else 0', "2", IMPLEMENTATIONS),
     ),
     *faults(
         "_impl/xla_taps.py",
         ("s > _MAX_COLUMNS", Operator("Gt_GtE"), IMPLEMENTATIONS),
-        ("if a.dtype.itemsize < 4", "if a.dtype.itemsize < 2", values("xla_taps", "forward")),
         ("_MAX_RUN, _RUN = 128", "_MAX_RUN, _RUN = 10**9", values("xla_taps", "filter_grad")),
         (
             ":h, :w, m :: spec.multiplier",
@@ -41,7 +40,19 @@ FAULTS = [
         ),
     ),
     *faults(
+        "_impl/depth.py",
+        ("_at(offsets, i) + low", "_at(offsets, i)", values("xla_taps", "forward")),
+        ("i * (spaced[1] - spaced[0])", "i", values("xla_taps", "input_grad")),
+        (
+            "(taps[0].k, size - 1 - taps[-1].k)",
+            "(0, size - len(taps))",
+            values("xla_taps", "filter_grad"),
+        ),
+        ("phases, 3)", "phases, 2)", values("xla_taps", "input_grad")),
+    ),
+    *faults(
         "_impl/taps.py",
+        ("if a.dtype.itemsize < 4", "if a.dtype.itemsize < 2", values("xla_taps", "forward")),
         ("(axis.size - 1 +", Operator("NumberReplacer"), values("xla_taps", "forward")),
         (
             "- count * stride) // dilation) - 1",

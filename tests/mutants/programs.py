@@ -37,7 +37,7 @@ FAULTS = [
         "bench/layers.py",
         ("if not worst <= 1:", "if worst > 1:", BENCH),
         (
-            "array = np.moveaxis(array, 2, 4)",
+            "array = np.moveaxis(array, 2, -1)",
             "array = np.moveaxis(array, 2, 3)",
             f"{BENCH_ALL} -k folded",
         ),

@@ -49,7 +49,12 @@ FAULTS = [
         ("range(2, size + 1)", "range(2, size)", partition("forward")),
         ('if divisible and spec.channels > 1 else "k"', Operator("Gt_GtE"), partition("forward")),
         ("(axis.out == 1 or not divisible)", "not divisible", partition("input_grad")),
-        ('for factor in "npq"', 'for factor in "np"', partition("filter_grad")),
+        ('_SUMMED = f"n{_OUT}"', '_SUMMED = f"n{_OUT[:2]}"', partition("filter_grad")),
+        (
+            '_KERNEL, _OUT, _REST = "dhw", "trs", "opq"',
+            '_KERNEL, _OUT, _REST = "dhw", "ors", "opq"',
+            partition("volume"),
+        ),
         ("max(left, right) > owned", Operator("Gt_GtE"), partition("forward and gathered")),
         ("part * rows // stride * stride for", "part * rows for", rows("input_grad")),
         ("[(right, left) for left, right in neighbours]", "neighbours", rows("forward")),
@@ -59,7 +64,7 @@ FAULTS = [
             partition("rounded"),
         ),
         (" or used & set(mesh_axes)", "", partition("two_of_the_arrays")),
-        ('{"p": "h", "q": "w"}', '{"p": "w", "q": "h"}', partition("input_grad")),
+        ("_OUT.index(factor) - len(_OUT)", "_OUT.index(factor)", partition("volume or line")),
     ),
     *faults(
         "_select.py",
@@ -72,10 +77,11 @@ FAULTS = [
         ("except (RecursionError, MemoryError)", "except MemoryError", IMPLEMENTATIONS),
         ("            warnings.warn(message, stacklevel=2)\n", "", IMPLEMENTATIONS),
         (
-            "            if 4 in (a.ndim, b.ndim):\n                x",
-            "            if x.ndim == 4:\n                x",
+            "one_problem = rank + 2 in (a.ndim, b.ndim)",
+            "one_problem = rank + 2 == a.ndim",
             f"{BATCHING} -k xla_taps",
         ),
+        ('first = 1 if name == "f" else 2', "first = 2", values("xla_taps", "forward")),
         (
             "lax.optimization_barrier(canonical(*lax.optimization_barrier((a, b))))",
             "canonical(*lax.optimization_barrier((a, b)))",

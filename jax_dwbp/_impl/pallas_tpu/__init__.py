@@ -38,6 +38,8 @@ def unsupported(
     a: jax.ShapeDtypeStruct,
     b: jax.ShapeDtypeStruct,
 ) -> str | None:
+    if len(spec.axes) > 2:
+        return f"it has kernels for one and two spatial axes, got {len(spec.axes)}"
     plan = _part("plan")
     if a.dtype not in (jnp.float32, jnp.bfloat16):
         return f"a TPU computes in float32 and bfloat16, got {a.dtype}"
