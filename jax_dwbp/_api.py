@@ -76,8 +76,8 @@ def depthwise_conv2d_native(
       precision: a `jax.lax.Precision`, its name, or a pair of them. For "lax" on accelerators; the
         other implementations are exact to their accumulation.
       implementation: None for the best. There always is one, but on a CPU for windows of more than
-        2**24 positions along an axis. A name ("lax", "xla_taps", "native_cpu", "pallas_tpu",
-        "pallas_gpu") runs that one or raises; of a sequence of names, the first that can.
+        2**24 positions along an axis. A name ("lax", "xla_taps", "fft", "native_cpu",
+        "pallas_tpu", "pallas_gpu") runs that one or raises; of a sequence of names, the first that can.
         Gradients follow it.
         `jax_dwbp.implementations` tells what runs and why the others don't.
       forward_mode: True for `jvp`, `jacfwd`, `hessian`, `linearize` and `linear_transpose`. By

@@ -410,6 +410,7 @@ def _spec(
         multiplier=multiplier,
         precision=canonical_precision(conv.precision),
         implementation=None,
+        are_integers=_are_integers(conv),
     )
     check_sizes(spec, batch, "lhs", "rhs")
     return spec

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, use_abstract_mesh
 
 from jax_dwbp._compat import Target
 from jax_dwbp._impl import Implementation
+from jax_dwbp._impl.fft import IMPLEMENTATION as FFT
 from jax_dwbp._impl.lax import IMPLEMENTATION as LAX
 from jax_dwbp._impl.native_cpu import IMPLEMENTATION as NATIVE_CPU
 from jax_dwbp._impl.pallas_gpu import IMPLEMENTATION as PALLAS_GPU
@@ -25,7 +26,7 @@ from jax_dwbp._impl.xla_taps import IMPLEMENTATION as XLA_TAPS
 from jax_dwbp._spec import ConvSpec, Op, SpatialAxis, brief
 
 # In this order where they rank alike.
-_TABLE = {i.name: i for i in (NATIVE_CPU, XLA_TAPS, LAX, PALLAS_TPU, PALLAS_GPU)}
+_TABLE = {i.name: i for i in (NATIVE_CPU, XLA_TAPS, FFT, LAX, PALLAS_TPU, PALLAS_GPU)}
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _UNIT_AXIS = SpatialAxis(size=1, kernel=1, out=1, stride=1, pads=(0, 0), dilation=1)
 OTHER = "other"  # one that JAX has by a plugin of someone else's

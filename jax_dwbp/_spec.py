@@ -109,6 +109,7 @@ class ConvSpec:
     precision: str | tuple[str, str] | None
     implementation: tuple[str, ...] | None  # names to try in order; None leaves the choice to us
     interpret: bool = False  # Pallas kernels, on any platform
+    are_integers: bool = False  # in floating point, of which every sum is exact
 
     # Of all axes, by lax's names.
 

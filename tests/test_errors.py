@@ -739,7 +739,7 @@ def test_attributes_follow_the_layout(op):
 
 @every_op
 def test_unknown_implementation(op):
-    names = "native_cpu, xla_taps, lax, pallas_tpu, pallas_gpu"
+    names = "native_cpu, xla_taps, fft, lax, pallas_tpu, pallas_gpu"
     message = f"`implementation` must be out of {names}, got "
     for value in ("foo", "", "LAX", " lax"):
         refuses(ValueError, message + repr(value), op, implementation=value)

@@ -79,9 +79,16 @@ def selection(case, op, platform="cpu", **options):
 def test_defaults(op):
     found = selection(CASE, op, "cpu")
     assert found[:2] == (op, DEFAULT_ON_CPU)
-    assert list(found.reasons) == ["native_cpu", "xla_taps", "lax", "pallas_tpu", "pallas_gpu"]
+    assert list(found.reasons) == [
+        "native_cpu",
+        "xla_taps",
+        "fft",
+        "lax",
+        "pallas_tpu",
+        "pallas_gpu",
+    ]
     assert [name for name, reason in found.reasons.items() if reason is None] == [
-        name for name in found.reasons if name in IMPLEMENTATIONS
+        name for name in found.reasons if name in (*IMPLEMENTATIONS, "fft")
     ]
     # No accelerator has timed the kernels: they run by name, but for a multiplier on a TPU.
     for platform, multiplier in itertools.product(("cuda", "rocm", "tpu"), (1, 2)):
@@ -241,7 +248,7 @@ def test_what_is_empty_is_empty_before_anybody_is_asked(op, case, monkeypatch):
         found = selection(case, op, platform)
         names = list(found.reasons)
         assert found == (op, names[0], dict.fromkeys(names))
-        assert set(names) == {*TAPS_OR_LAX, "native_cpu", *KERNELS}
+        assert set(names) == {*TAPS_OR_LAX, "fft", "native_cpu", *KERNELS}
         for requested in (*names, ("pallas_tpu", "lax"), ("pallas_gpu", "lax")):
             first = requested if isinstance(requested, str) else requested[0]
             assert selection(case, op, platform, implementation=requested).runs == first

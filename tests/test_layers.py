@@ -25,7 +25,7 @@ LAYERS = (
     ("_partition",),
     ("_select",),
     (
-        *("_impl.lax", "_impl.xla_taps", "_impl.native_cpu", "_impl.pallas_gpu"),
+        *("_impl.lax", "_impl.xla_taps", "_impl.fft", "_impl.native_cpu", "_impl.pallas_gpu"),
         "_impl.pallas_tpu.__init__",
     ),
     ("_impl.pallas_tpu.kernels",),

@@ -37,7 +37,7 @@ def unsupported(
         return reason
     if _scratch(op, spec) > _MAX_SCRATCH:
         return (
-            f"the rows that a dilated filter meets may take at most {_MAX_SCRATCH} bytes for each "
+            f"the rows that a filter meets may take at most {_MAX_SCRATCH} bytes for each "
             f"16 channels, got a filter of {spec.kernel_spatial} with dilations {spec.rhs_dilation}"
             f" and a depth multiplier of {spec.multiplier}"
         )
@@ -108,9 +108,10 @@ def _scratch(op: Op, spec: ConvSpec) -> int:
         written_phases += min(stride, size) if op == INPUT_GRAD else 1
         reach = axis.reach // stride + 2
         spans.append((phases * min(reach, positions), phases * (min(written, _TILE) + reach)))
-    # Of the depth and the height together all rows are packed.
-    *outer, (_, columns) = spans
-    rows = math.prod(rows for rows, _ in outer)
+    *_, (rows, _), (_, columns) = spans
+    # Of the depth only what its taps meet.
+    for axis in spec.axes[:-2]:
+        rows *= min(axis.kernel, axis.out if op == INPUT_GRAD else axis.size)
     *outer, s = spec.kernel_spatial
     r = math.prod(outer)
     packed = spec.multiplier if op == INPUT_GRAD else 1

@@ -241,7 +241,7 @@ def _add_all(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> list[jax.Arr
 def _rank(spec: ConvSpec, platform: str | None) -> int:
     # On a CPU it takes a third to a 450th of lax's time, and more than that only for a single
     # channel with a multiplier of 64 or more, which is a dense convolution.
-    return 1
+    return 2
 
 
 IMPLEMENTATION = Implementation(

@@ -3,6 +3,7 @@
 from mutants.arguments import BATCHING, IMPLEMENTATIONS, TRANSFORMATIONS, values
 from mutants.fault import Operator, faults
 
+FFT = "tests/test_fft.py"
 CROPPED = 'tests/test_values.py -k "test_cropped and lax"'
 
 FAULTS = [
@@ -38,6 +39,25 @@ FAULTS = [
             "max(0, -max(offsets))",
             values("xla_taps", "forward"),
         ),
+    ),
+    *faults(
+        "_impl/fft.py",
+        ("images * jnp.conj(filters)", "images * filters", f"{FFT} -k large"),
+        (
+            "spec.rhs_dilation)\n    return jnp.moveaxis(df",
+            "(1,) * 3)\n    return jnp.moveaxis(df",
+            f"{FFT} -k large",
+        ),
+        ("_reached(axis) - axis.size - axis.pads[0], 0)", "0, 0)", f"{FFT} -k large"),
+        (
+            "points, five = 1 << (needed - 1).bit_length()",
+            "points, five = needed",
+            f"{FFT} -k large",
+        ),
+        ("if spec.are_integers:", "if False:", f"{FFT} -k integers"),
+        ("spec.channels < _FEW_CHANNELS", "spec.channels <= 16", f"{FFT} -k quicker"),
+        ("return 1 if gain", "return 2 if gain", f"{FFT} -k slower"),
+        ("points > _MOST_POINTS", "points > 2 * _MOST_POINTS", f"{FFT} -k points"),
     ),
     *faults(
         "_impl/depth.py",

@@ -1,0 +1,166 @@
+"""Products of spectra, for filters that are so large that sums over their taps take longer.
+
+Along an axis windows reach n = (P - 1) * stride + reach + 1 places, those of the padded input. With
+the filter and dy stretched by zeros to steps of one, each op is a convolution or a correlation of
+which n places determine what is wanted, so transforms of n points or more do not wrap around:
+
+    forward       y[p]  = (x * f~)[stride * p]        x as it is padded, f~ the filter reversed
+    input_grad    dx[h] = (dy * f)[h + low]
+    filter_grad   df[k] = (x * dy~)[dilation * k]     summed over the images, as spectra
+
+The error is that of a sum in which all of an image counts, be it near or far: relative to the
+largest values of the image and of the filter, it grows with the logarithm of n. An infinity or a
+NaN in an image, or in a filter, is one in all that comes of it.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_dwbp._impl import Implementation
+from jax_dwbp._impl.taps import widen
+from jax_dwbp._spec import ConvSpec, Op, SpatialAxis
+
+# Points of a transform, all axes together: XLA's are indexed by 32 bits.
+_MOST_POINTS = 2**30
+# Where it is as fast as native_cpu, on 2 cores with AVX-512, in float32: forward and input gradient
+# from 40 to 65 on with few channels (4,096 places with 512 to 1,024 taps, 64x64 with 33x33), from
+# 80 to 150 on with 16 to 256 (4,096 places with 3,000 taps, 64x64 with 50x50); the filter gradient
+# from half of that on. xla_taps takes 10 times as long as native_cpu, or more.
+_FEW_CHANNELS = 8
+_GAIN_OF_FEW, _GAIN = 45, 100
+_GAIN_OF_TAPS = 5
+
+
+def unsupported(
+    op: Op, spec: ConvSpec, platform: str | None, *operands: jax.ShapeDtypeStruct
+) -> str | None:
+    if spec.are_integers:
+        return "it rounds, and sums of integers are exact"
+    points = math.prod(_points(axis) for axis in spec.axes)
+    if points > _MOST_POINTS:
+        return f"its transforms have at most 2**30 points, got {points}"
+    return None
+
+
+def forward(spec: ConvSpec, x: jax.Array, f: jax.Array) -> jax.Array:
+    images = _spectra(spec, _padded(spec, _channels_first(widen(x))))[:, :, :, None]
+    filters = _spectra(spec, _stretched(_lanes_first(widen(f)), spec.rhs_dilation))[:, None]
+    y = _places(spec, images * jnp.conj(filters), spec.out_spatial, spec.window_strides)
+    y = y.reshape(*y.shape[:2], -1, *y.shape[4:])
+    return jnp.moveaxis(y, 2, -1).astype(x.dtype)
+
+
+def input_grad(spec: ConvSpec, f: jax.Array, dy: jax.Array) -> jax.Array:
+    filters = _spectra(spec, _stretched(_lanes_first(widen(f)), spec.rhs_dilation))[:, None]
+    gradients = _spectra(spec, _stretched(_by_channel(spec, widen(dy)), spec.window_strides))
+    steps = (1,) * len(spec.axes)
+    sizes = [_reached(axis) for axis in spec.axes]
+    dx = _places(spec, jnp.sum(gradients * filters, 3), sizes, steps)
+    config = [(0, 0, 0)] * 3 + [
+        (-axis.pads[0], axis.size + axis.pads[0] - _reached(axis), 0) for axis in spec.axes
+    ]
+    dx = lax.pad(dx, jnp.zeros((), dx.dtype), config)
+    return jnp.moveaxis(dx, 2, -1).astype(dy.dtype)
+
+
+def filter_grad(spec: ConvSpec, x: jax.Array, dy: jax.Array) -> jax.Array:
+    images = _spectra(spec, _padded(spec, _channels_first(widen(x))))[:, :, :, None]
+    gradients = _spectra(spec, _stretched(_by_channel(spec, widen(dy)), spec.window_strides))
+    sums = jnp.sum(images * jnp.conj(gradients), 1)
+    df = _places(spec, sums, spec.kernel_spatial, spec.rhs_dilation)
+    return jnp.moveaxis(df, (1, 2), (-2, -1)).astype(x.dtype)
+
+
+def _reached(axis: SpatialAxis) -> int:
+    """The places that windows reach."""
+    return (axis.out - 1) * axis.stride + axis.reach + 1
+
+
+def _points(axis: SpatialAxis) -> int:
+    """Of its transforms: a product of twos, threes and fives, for which they are quick."""
+    needed = max(_reached(axis), 1)
+    points, five = 1 << (needed - 1).bit_length(), 1
+    while five < points:
+        three = five
+        while three < points:
+            twos = (-(-needed // three) - 1).bit_length()
+            points = min(points, three << twos)
+            three *= 3
+        five *= 5
+    return points
+
+
+def _channels_first(x: jax.Array) -> jax.Array:
+    """[G,N,spatial,C] as [G,N,C,spatial]."""
+    return jnp.moveaxis(x, -1, 2)
+
+
+def _lanes_first(f: jax.Array) -> jax.Array:
+    """[G,window,C,M] as [G,C,M,window]."""
+    return jnp.moveaxis(f, (-2, -1), (1, 2))
+
+
+def _by_channel(spec: ConvSpec, dy: jax.Array) -> jax.Array:
+    """[G,N,spatial,C*M] as [G,N,C,M,spatial]."""
+    dy = dy.reshape(*dy.shape[:-1], spec.channels, spec.multiplier)
+    return jnp.moveaxis(dy, (-2, -1), (2, 3))
+
+
+def _padded(spec: ConvSpec, x: jax.Array) -> jax.Array:
+    """[G,N,C,spatial] at the places that windows reach."""
+    config = [(0, 0, 0)] * 3 + [
+        (axis.pads[0], _reached(axis) - axis.size - axis.pads[0], 0) for axis in spec.axes
+    ]
+    return lax.pad(x, jnp.zeros((), x.dtype), config)
+
+
+def _stretched(x: jax.Array, steps: Sequence[int]) -> jax.Array:
+    """With zeros between the places of its last axes."""
+    others = [(0, 0, 0)] * (x.ndim - len(steps))
+    return lax.pad(x, jnp.zeros((), x.dtype), others + [(0, 0, step - 1) for step in steps])
+
+
+def _spectra(spec: ConvSpec, x: jax.Array) -> jax.Array:
+    """Of the last axes."""
+    return jnp.fft.rfftn(x, *_transform(spec))
+
+
+def _places(
+    spec: ConvSpec, spectra: jax.Array, sizes: Sequence[int], steps: Sequence[int]
+) -> jax.Array:
+    """So many places of what has the spectra, in such steps from the first."""
+    x = jnp.fft.irfftn(spectra, *_transform(spec))
+    others = x.ndim - len(spec.axes)
+    ends = [(size - 1) * step + 1 for size, step in zip(sizes, steps, strict=True)]
+    return lax.slice(x, (0,) * x.ndim, (*x.shape[:others], *ends), (*(1,) * others, *steps))
+
+
+def _transform(spec: ConvSpec) -> tuple[list[int], tuple[int, ...]]:
+    """The points and the axes of it."""
+    return [_points(axis) for axis in spec.axes], tuple(range(-len(spec.axes), 0))
+
+
+def _rank(spec: ConvSpec, platform: str | None) -> int:
+    if platform != "cpu":
+        return 5
+    points = math.prod(_points(axis) for axis in spec.axes)
+    products = math.prod(spec.kernel_spatial) * math.prod(spec.out_spatial)
+    # What a sum over the taps multiplies, for each point and each halving of the transform.
+    gain = products / (points * max(math.log2(points), 1))
+    if gain > (_GAIN_OF_FEW if spec.channels < _FEW_CHANNELS else _GAIN):
+        return -1
+    return 1 if gain > _GAIN_OF_TAPS else 2
+
+
+IMPLEMENTATION = Implementation(
+    name="fft",
+    unsupported=unsupported,
+    rank=_rank,
+    forward=forward,
+    input_grad=input_grad,
+    filter_grad=filter_grad,
+)
