@@ -77,8 +77,8 @@ def depthwise_conv2d_native(
         other implementations are exact to their accumulation.
       implementation: None for the best. There always is one, but on a CPU for windows of more than
         2**24 positions along an axis. A name ("lax", "xla_taps", "fft", "native_cpu",
-        "pallas_tpu", "pallas_gpu") runs that one or raises; of a sequence of names, the first that can.
-        Gradients follow it.
+        "pallas_tpu", "pallas_gpu") runs that one or raises; of a sequence of names, the first that
+        can. Gradients follow it.
         `jax_dwbp.implementations` tells what runs and why the others don't.
       forward_mode: True for `jvp`, `jacfwd`, `hessian`, `linearize` and `linear_transpose`. By
         default the op is a `jax.custom_vjp`, which rules these out.

@@ -119,7 +119,38 @@ def padded(seed):
             return case, dtype, data_format, implementation
 
 
-KINDS = (beyond, large, padded)
+def line(seed):
+    """As `beyond`, of one spatial axis."""
+    rng = np.random.default_rng([5, seed])
+    return of_rank(rng, f"line {seed}", (integer(rng, 1, 200),), 64)
+
+
+def volume(seed):
+    """As `beyond`, of three spatial axes."""
+    rng = np.random.default_rng([6, seed])
+    sizes = integer(rng, 1, 9), integer(rng, 1, 12), integer(rng, 1, 20)
+    return of_rank(rng, f"volume {seed}", sizes, 5)
+
+
+def of_rank(rng, name, sizes, most_taps):
+    dtype, data_format = pick(rng, *DTYPES), pick(rng, "NHWC", "NCHW")
+    implementation = pick(rng, None, *NAMES)
+    while True:
+        c = pick(rng, integer(rng, 1, 6), integer(rng, 7, 40))
+        some = (integer(rng, 0, 6), integer(rng, 0, 6))
+        case = Case(
+            name,
+            (integer(rng, 1, 3), *sizes, c),
+            (*(integer(rng, 1, most_taps) for _ in sizes), c, pick(rng, 1, 1, integer(rng, 2, 4))),
+            tuple(integer(rng, 1, 3) for _ in sizes),
+            pick(rng, "SAME", "VALID", tuple(some for _ in sizes)),
+            tuple(pick(rng, 1, 1, integer(rng, 2, 4)) for _ in sizes),
+        )
+        if legal(case):
+            return case, dtype, data_format, implementation
+
+
+KINDS = (beyond, large, padded, line, volume)
 # The taps don't do every filter, nor the input gradient of strides beyond a product of 16.
 NAMES = [("xla_taps", "lax") if name == "xla_taps" else name for name in IMPLEMENTATIONS]
 
@@ -128,11 +159,11 @@ def legal(case):
     """Whether no window overhangs the padded input by a stride or more."""
     if case.padding == "SAME":
         return True
-    pads = ((0, 0), (0, 0)) if case.padding == "VALID" else case.padding
+    pads = ((0, 0),) * case.rank if case.padding == "VALID" else case.padding
     return all(
         (kernel - 1) * dilation + 1 - size - sum(pad) < stride
         for size, kernel, stride, pad, dilation in zip(
-            case.input[1:3], case.filter, case.strides, pads, case.dilations, strict=False
+            case.input[1:-1], case.filter[:-2], case.strides, pads, case.dilations, strict=True
         )
     )
 

@@ -45,15 +45,10 @@ FAULTS = [
         ("images * jnp.conj(filters)", "images * filters", f"{FFT} -k large"),
         (
             "spec.rhs_dilation)\n    return jnp.moveaxis(df",
-            "(1,) * 3)\n    return jnp.moveaxis(df",
+            "spec.window_strides)\n    return jnp.moveaxis(df",
             f"{FFT} -k large",
         ),
         ("_reached(axis) - axis.size - axis.pads[0], 0)", "0, 0)", f"{FFT} -k large"),
-        (
-            "points, five = 1 << (needed - 1).bit_length()",
-            "points, five = needed",
-            f"{FFT} -k large",
-        ),
         ("if spec.are_integers:", "if False:", f"{FFT} -k integers"),
         ("spec.channels < _FEW_CHANNELS", "spec.channels <= 16", f"{FFT} -k quicker"),
         ("return 1 if gain", "return 2 if gain", f"{FFT} -k slower"),
