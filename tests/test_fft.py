@@ -1,6 +1,7 @@
 """Transforms: filters that are large, where they run by default, and what they can't do."""
 
 import functools
+import re
 
 import jax
 import numpy as np
@@ -14,6 +15,12 @@ LARGE = (
     Case("line", (2, 300, 3), (200, 3, 2), padding=((199, 0),)),
     Case("line_above_signal", (1, 90, 2), (128, 2, 1)),
     Case("strided_line", (3, 257, 2), (64, 2, 1), (3,), ((20, 31),), (2,)),
+    # Of these there are blocks.
+    Case("long_line", (2, 5000, 2), (150, 2, 2), padding=((149, 0),)),
+    Case("long_strided_line", (1, 7001, 1), (90, 1, 3), (3,), ((50, 100),), (2,)),
+    Case("long_line_without_overlap", (1, 9000, 2), (3, 2, 1), (5,), "VALID"),
+    Case("long_cropped_line", (1, 4100, 1), (40, 1, 1), (2,), "VALID"),
+    Case("long_rows", (1, 3, 4000, 2), (2, 70, 2, 1), (2, 1), ((0, 1), (90, 3))),
     Case("picture", (2, 33, 40, 3), (31, 17, 3, 1)),
     Case("strided_picture", (1, 37, 41, 2), (16, 25, 2, 3), (2, 3), ((3, 9), (40, 0))),
     Case("cropped_picture", (1, 40, 30, 2), (20, 9, 2, 1), padding=((0, 25), (30, 0))),
@@ -103,8 +110,18 @@ def test_of_integers_sums_are_exact():
 
 def test_too_many_points():
     shapes = (
-        jax.ShapeDtypeStruct(shape, "float32") for shape in ((1, 40_000, 40_000, 1), (3, 3, 1, 1))
+        jax.ShapeDtypeStruct(shape, "float32")
+        for shape in ((1, 40_000, 40_000, 1), (1, 39_999, 1, 1))
     )
     run = functools.partial(jax_dwbp.depthwise_conv2d_native, strides=(1, 1), padding="SAME")
     [found] = jax_dwbp.implementations(run, *shapes, platform="cpu")
-    assert "at most 2**30 points, got 1640250000" in str(found.reasons["fft"])
+    assert "at most 2**30 points, got 3200000000" in str(found.reasons["fft"])
+
+
+def test_long_lines_are_cut():
+    """To transforms of a few times the filter."""
+    case = Case("long", (1, 65_536, 1), (1024, 1, 1))
+    run = functools.partial(case.run, "forward", implementation="fft")
+    text = jax.jit(run).lower(*case.operands("forward")).as_text()
+    lengths = re.findall(r"stablehlo.fft.* length = \[(.*?)\]", text)
+    assert lengths and set(lengths) == {"4096"}

@@ -49,6 +49,12 @@ FAULTS = [
             f"{FFT} -k large",
         ),
         ("_reached(axis) - axis.size - axis.pads[0], 0)", "0, 0)", f"{FFT} -k large"),
+        ("_resized(others, self.step, size)", "_resized(others, 0, size)", f"{FFT} -k large"),
+        (
+            "points = max(_BLOCK * (axis.reach + 1), _LEAST_BLOCK)",
+            "points = 2**40",
+            f"{FFT} -k cut",
+        ),
         ("if spec.are_integers:", "if False:", f"{FFT} -k integers"),
         ("spec.channels < _FEW_CHANNELS", "spec.channels <= 16", f"{FFT} -k quicker"),
         ("return 1 if gain", "return 2 if gain", f"{FFT} -k slower"),
