@@ -111,11 +111,11 @@ def test_of_integers_sums_are_exact():
 def test_too_many_points():
     shapes = (
         jax.ShapeDtypeStruct(shape, "float32")
-        for shape in ((1, 40_000, 40_000, 1), (1, 39_999, 1, 1))
+        for shape in ((1, 30_000, 20_000, 1), (1, 30_001, 1, 1))
     )
     run = functools.partial(jax_dwbp.depthwise_conv2d_native, strides=(1, 1), padding="SAME")
     [found] = jax_dwbp.implementations(run, *shapes, platform="cpu")
-    assert "at most 2**30 points, got 3200000000" in str(found.reasons["fft"])
+    assert "at most 2**30 points, got 1500000000" in str(found.reasons["fft"])
 
 
 def test_long_lines_are_cut():

@@ -213,10 +213,8 @@ def _by_channel(spec: ConvSpec, dy: jax.Array) -> jax.Array:
 
 
 def _padded(spec: ConvSpec, x: jax.Array) -> jax.Array:
-    """[G,N,C,spatial] at the places that windows reach."""
-    config = [(0, 0, 0)] * 3 + [
-        (axis.pads[0], _reached(axis) - axis.size - axis.pads[0], 0) for axis in spec.axes
-    ]
+    """[G,N,C,spatial] from the first place that windows reach: behind it transforms have zeros."""
+    config = [(0, 0, 0)] * 3 + [(axis.pads[0], 0, 0) for axis in spec.axes]
     return lax.pad(x, jnp.zeros((), x.dtype), config)
 
 

@@ -48,7 +48,7 @@ FAULTS = [
             "spec.window_strides)\n    return jnp.moveaxis(df",
             f"{FFT} -k large",
         ),
-        ("_reached(axis) - axis.size - axis.pads[0], 0)", "0, 0)", f"{FFT} -k large"),
+        ("[(axis.pads[0], 0, 0) for", "[(0, 0, 0) for", f"{FFT} -k large"),
         ("_resized(others, self.step, size)", "_resized(others, 0, size)", f"{FFT} -k large"),
         (
             "points = max(_BLOCK * (axis.reach + 1), _LEAST_BLOCK)",
