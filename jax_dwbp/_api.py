@@ -73,8 +73,9 @@ def depthwise_conv2d_native(
       data_format: "NHWC" or "NCHW".
       dilations: the distance between the taps of the filter, written like `strides`.
       name: a `jax.named_scope` for the op.
-      precision: a `jax.lax.Precision`, its name, or a pair of them. For "lax" on accelerators; the
-        other implementations are exact to their accumulation.
+      precision: a `jax.lax.Precision`, its name, or a pair of them. For "lax" on accelerators;
+        "highest" also rules out Fourier transforms. The other implementations are exact to their
+        accumulation.
       implementation: None for the best. There always is one, but on a CPU for windows of more than
         2**24 positions along an axis. A name ("lax", "xla_taps", "fft", "native_cpu",
         "pallas_tpu", "pallas_gpu") runs that one or raises; of a sequence of names, the first that
@@ -85,7 +86,10 @@ def depthwise_conv2d_native(
 
     Returns:
       `[N, P, Q, C*M]` (or `[N, C*M, P, Q]`) in the dtype of the arguments. Sums are taken in
-      float32, for float64 in float64, and rounded once.
+      float32, for float64 in float64, and rounded once. On a CPU, where the filter is so large that
+      it is faster, they are taken by Fourier transforms ("fft"): the error is then relative to the
+      largest values of an image and of the filter, and an infinity or a NaN reaches all of its
+      image. `precision="highest"` rules these out.
 
     Raises:
       TypeError: an argument of the wrong kind, dtypes that differ or that TensorFlow's op lacks.

@@ -45,9 +45,11 @@ def conv_general_dilated(
     the channels or of the filter: `jax_dwbp.implementations` says why, and so does the name of its
     scope in a profile.
 
-    Filters that are large against the signal, of about 1,000 places or 40x40 pixels and more, run
-    by Fourier transforms on a CPU, but for integers. The error is then relative to the largest
-    values of an image and of the filter, and an infinity or a NaN reaches all of its image.
+    Filters that are large against the signal run by Fourier transforms on a CPU: with few channels
+    from about 1,000 places or 45x45 pixels on, with 8 or more from twice as many. The error is then
+    relative to the largest values of an image and of the filter, so that sums of what is positive
+    may be negative near zero, and an infinity or a NaN reaches all of its image. Integers and calls
+    with `precision="highest"` are summed in any case.
 
     Integers run here where floating-point numbers hold each sum exactly: float32 those of 8 bits
     and 1,024 terms, of unsigned ones 258; with 64-bit types float64 nearly all those of 16 bits.

@@ -45,7 +45,9 @@ def install() -> None:
 
     It is part of what `jax.jit` caches by: functions are traced again that were before. What is
     compiled already and kept stays as it was, as that of a Keras model: call `compile` again. What
-    XLA can't look into has no FLOPs in `cost_analysis`.
+    XLA can't look into has no FLOPs in `cost_analysis`. Filters that are large against the signal
+    run by Fourier transforms, which round otherwise, but for `precision="highest"`: see
+    `jax_dwbp.conv_general_dilated`.
 
     >>> import jax_dwbp
     >>> jax_dwbp.install()
@@ -167,5 +169,6 @@ def _taken(ctx: Any, platform: str, params: dict[str, Any]) -> Depthwise | None:
         target = Target(platform)  # as each device chooses for its part
     operands = found.op_operands(*map(_compat.plain, ctx.avals_in))
     name = _select.selected(found.op, found.spec, target, *operands).name
-    # What is fast without groups is a kernel.
-    return None if name == "lax" or (found.is_dense and name != "native_cpu") else found
+    # What is fast without groups is a kernel, or a transform.
+    slow = ("lax", "xla_taps") if found.is_dense else ("lax",)
+    return None if name in slow else found

@@ -113,8 +113,8 @@ def explicit(op: Op, spec: ConvSpec, part: Callable, a: jax.Array, b: jax.Array)
     for have, needed in zip(given, in_specs, strict=True):
         if [*have] != [*needed]:
             raise NotImplementedError(
-                f"the operands of an op may have explicit sharding of the batch, the channels, the "
-                f"rows and the columns, alike in both operands, in parts of one size that are not "
+                f"the operands of an op may have explicit sharding of the batch, the channels and "
+                f"the spatial axes, alike in both operands, in parts of one size that are not "
                 f"smaller than what they need of each other; got {jax.typeof(a)} and "
                 f"{jax.typeof(b)}. `jax.shard_map` and mesh axes of `AxisType.Auto` take any"
             )

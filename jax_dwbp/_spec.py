@@ -178,9 +178,9 @@ def canonicalize(op: Op, given: Arguments) -> ConvSpec:
     if not isinstance(data_format, str) or data_format not in _AXES:
         raise ValueError(f"`data_format` must be 'NHWC' or 'NCHW', got {brief(data_format)}")
     input_sizes, filter_sizes, out_sizes = _shapes(op, given)
-    height, width, depth = _AXES[data_format]
+    height, width, channel = _AXES[data_format]
     input_name, filter_name, out_name = op.arguments
-    batch, channels = input_sizes[0], input_sizes[depth]
+    batch, channels = input_sizes[0], input_sizes[channel]
     if filter_sizes[2] != channels:
         raise ValueError(
             f"`{filter_name}` [R, S, C, M] must have the C of `{input_name}` "
@@ -197,7 +197,7 @@ def canonicalize(op: Op, given: Arguments) -> ConvSpec:
     )
     implied = [batch] * 4
     implied[height], implied[width] = (axis.out for axis in axes)
-    implied[depth] = channels * filter_sizes[3]
+    implied[channel] = channels * filter_sizes[3]
     if out_sizes is not None and out_sizes != tuple(implied):
         raise ValueError(
             f"`{out_name}` must have shape {tuple(implied)}, got {out_sizes}: implied by "
@@ -350,8 +350,8 @@ def _spatial_attribute(name: str, value: Any, data_format: str) -> Pair:
     rule = f"4 integers in the order of `data_format` {data_format!r}, or the pair (H, W)"
     values = _integers(name, rule, value)
     if len(values) == 4:
-        height, width, depth = _AXES[data_format]
-        if values[0] != 1 or values[depth] != 1:
+        height, width, channel = _AXES[data_format]
+        if values[0] != 1 or values[channel] != 1:
             raise ValueError(
                 f"`{name}` must be 1 in the batch and the channels, got {brief(values)}"
             )
@@ -408,8 +408,8 @@ def _padding(
 
 def _spatial_pads(name: str, pairs: list[Any], data_format: str) -> tuple[Pair, Pair]:
     if len(pairs) == 4:
-        height, width, depth = _AXES[data_format]
-        if any(pairs[0]) or any(pairs[depth]):
+        height, width, channel = _AXES[data_format]
+        if any(pairs[0]) or any(pairs[channel]):
             raise ValueError(
                 f"`{name}` must be 0 in the batch and the channels, got {brief(pairs)}"
             )

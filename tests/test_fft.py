@@ -4,10 +4,14 @@ import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import DEFAULT_ON_CPU, DTYPES, OPS, OTHER_RANKS, SMALL, Case
+from cases import DEFAULT_ON_CPU, DTYPES, HAS_NATIVE, OPS, OTHER_RANKS, SMALL, Case
 from covering import covering
+from jax.sharding import AxisType, PartitionSpec
+from test_derivatives import check_linear
+from test_partition import check_all_axes, check_that_nothing_is_sent, sent_by
 
 import jax_dwbp
 
@@ -79,7 +83,7 @@ def runs(case, op="forward", **options):
     ],
     ids=str,
 )
-def test_default_is_what_is_quicker(sizes, kernel, channels, is_quicker):
+def test_default_changes(sizes, kernel, channels, is_quicker):
     case = Case("large", (1, *sizes, channels), (*kernel, channels, 1))
     assert runs(case) == ("fft" if is_quicker else DEFAULT_ON_CPU)
 
@@ -88,7 +92,82 @@ def test_it_comes_before_what_is_slower_yet():
     """Where the native kernel would need more memory than it may have, or is not there."""
     column = Case("column", (1, 2048, 128, 16), (2048, 1, 16, 1))
     assert runs(column) == "fft"
-    assert runs(Case("small", (1, 64, 8, 16), (5, 5, 16, 1)), implementation=None) != "fft"
+
+
+def test_where_the_native_kernel_is_not():
+    """Of what is exported, from fewer taps on."""
+    for kernel, name in ((5, "xla_taps"), (15, "fft")):
+        case = Case("exported", (1, 64, 64, 16), (kernel, kernel, 16, 1))
+        run, operands = functools.partial(case.run, "forward"), case.operands("forward")
+        [found] = jax_dwbp.implementations(run, *operands, platform="cpu", exported=True)
+        assert found.runs == name
+
+
+@pytest.mark.parametrize("precision", ["highest", ("default", "highest")])
+def test_highest_precision_rules_it_out(precision):
+    case = Case("large", (1, 4096, 1), (2048, 1, 1))
+    assert (runs(case), runs(case, precision=precision)) == ("fft", DEFAULT_ON_CPU)
+
+
+def test_padding_is_not_what_makes_a_filter_large():
+    case = Case("full", (1, 4, 4, 3), (100, 100, 3, 1), padding=((99, 99), (99, 99)))
+    assert runs(case) == DEFAULT_ON_CPU
+
+
+def test_an_infinity_reaches_its_image_and_no_other():
+    case = Case("images", (3, 5000, 2), (200, 2, 1))
+    x, f = case.operands("forward")
+    x[1, 100, 0] = np.inf
+    y = np.asarray(case.run("forward", x, f, implementation="fft"))
+    exact = case.expected("forward", np.where(np.isinf(x), 0, x), f)
+    finite = np.isfinite(y)
+    assert finite[[0, 2]].all() and finite[1, :, 1].all() and not finite[1, 80:120, 0].any()
+    np.testing.assert_allclose(y[[0, 2]], exact[[0, 2]], atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [LARGE[0], LARGE[4], LARGE[-1]], ids=str)
+@pytest.mark.parametrize("forward_mode", [False, True])
+@pytest.mark.parametrize("op", OPS)
+def test_derivatives(case, op, forward_mode):
+    run = functools.partial(case.run, op, implementation="fft", forward_mode=forward_mode)
+    check_linear(run, case.operands(op, "float64"))
+
+
+@pytest.mark.parametrize("sharded", ["batch", "channels"])
+@pytest.mark.parametrize("op", OPS)
+def test_sharded(op, sharded):
+    check_that_nothing_is_sent(op, sharded, 2, implementation="fft")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_sharded_along_all_axes(op):
+    check_all_axes(op, implementation="fft")
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="it was not compiled")
+def test_it_does_not_run_where_xla_divides():
+    """It would gather the images: a warning says so, and another one runs."""
+    case = Case("large", (8, 1, 4096, 1), (1, 2048, 1, 1))
+    mesh = jax.make_mesh((4, 2), ("i", "j"), axis_types=(AxisType.Auto,) * 2)
+    sharded = jax.shard_map(
+        functools.partial(case.run, "forward"),
+        mesh=mesh,
+        in_specs=(PartitionSpec("i"), PartitionSpec()),
+        out_specs=PartitionSpec("i"),
+        axis_names={"i"},
+    )
+    with pytest.warns(UserWarning, match="and not by fft: it is divided among devices"):
+        program = jax.jit(sharded).lower(*case.operands("forward")).compile()
+    assert "all-gather" not in sent_by(program)
+
+
+def test_one_channel_in_place_of_lax():
+    """Without groups too it is not left to lax."""
+    jax_dwbp.install()
+    x, f = (np.ones(size, np.float32) for size in (16_384, 2048))
+    text = jax.jit(functools.partial(jnp.convolve, mode="same")).lower(x, f).as_text()
+    jax_dwbp.uninstall()
+    assert "stablehlo.fft" in text and "stablehlo.convolution" not in text
 
 
 def test_of_integers_sums_are_exact():

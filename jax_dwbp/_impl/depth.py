@@ -14,7 +14,7 @@ from jax import lax
 from jax_dwbp._impl.taps import Axis, Tap, axes, looped_sum, pairwise, strided, widen
 from jax_dwbp._spec import FILTER_GRAD, FORWARD, INPUT_GRAD, ConvSpec
 
-# Taps of the depth beyond which they are looped over, as XLA compiles each of them.
+# Taps of the depth, of all phases, beyond which they are looped over, as XLA compiles each of them.
 _UNROLLED = 3
 
 OfPlanes = Callable[[ConvSpec, jax.Array, jax.Array], jax.Array]
@@ -104,7 +104,7 @@ def _sum(
     def of_tap(i) -> jax.Array:
         return term(_at(ks, i), planes(i)).reshape(shape)
 
-    if len(taps) <= _UNROLLED:
+    if len(depth.phases) * len(taps) <= _UNROLLED:
         return pairwise([of_tap(i) for i in range(len(taps))])
     return looped_sum(len(taps), of_tap, zeros)
 

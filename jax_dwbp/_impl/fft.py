@@ -37,7 +37,8 @@ _BLOCK, _LEAST_BLOCK = 4, 1024
 # Where it is as fast as native_cpu, on 2 cores with AVX-512, in float32: forward and input gradient
 # from 40 to 65 on with few channels (4,096 places with 512 to 1,024 taps, 64x64 with 33x33), from
 # 80 to 150 on with 16 to 256 (4,096 places with 3,000 taps, 64x64 with 50x50); the filter gradient
-# from half of that on. xla_taps takes 10 times as long as native_cpu, or more.
+# from half of that on. xla_taps takes 10 times as long as native_cpu, or more. What takes its time
+# is memory, of several times the arrays.
 _FEW_CHANNELS = 8
 _GAIN_OF_FEW, _GAIN = 45, 100
 _GAIN_OF_TAPS = 5
@@ -246,17 +247,27 @@ def _transform(spec: ConvSpec) -> tuple[list[int], list[int]]:
     return [points[axis] for axis in axes], axes
 
 
+def _products(axis: SpatialAxis) -> int:
+    """Of a row, less those that meet padding: a tap meets so many places, a place so many taps."""
+    places = min(axis.out, -(-axis.size // axis.stride))
+    taps = min(axis.kernel, -(-axis.size // axis.dilation))
+    return min(axis.kernel * places, axis.out * taps)
+
+
 def _rank(spec: ConvSpec, platform: str | None) -> int:
     if platform != "cpu":
         return 5
-    products = math.prod(spec.kernel_spatial) * math.prod(spec.out_spatial)
+    if "highest" in (spec.precision if isinstance(spec.precision, tuple) else (spec.precision,)):
+        return 2
     count, block = 1, spec
     if blocks := _blocks(spec):
         count, block = blocks.count, blocks.spec
     points = _all_points(block)
     # What a sum over the taps multiplies, for each point and each halving of the transform.
+    products = math.prod(map(_products, spec.axes))
     gain = products / (count * points * max(math.log2(points), 1))
-    if gain > (_GAIN_OF_FEW if spec.channels < _FEW_CHANNELS else _GAIN):
+    are_few = spec.channels < _FEW_CHANNELS and not spec.channels_first
+    if gain > (_GAIN_OF_FEW if are_few else _GAIN):
         return -1
     return 1 if gain > _GAIN_OF_TAPS else 2
 
@@ -268,4 +279,5 @@ IMPLEMENTATION = Implementation(
     forward=forward,
     input_grad=input_grad,
     filter_grad=filter_grad,
+    is_opaque=True,  # XLA gathers what it transforms
 )
