@@ -511,13 +511,14 @@ LINE = Case("line", (2, 16, 4), (5, 4, 2), (2,), ((2, 1),))
 VOLUME = Case("volume", (2, 8, 16, 4, 4), (3, 3, 3, 4, 1), (1, 2, 1))
 
 
-@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
-@pytest.mark.parametrize(
-    ("case", "axis"), [(LINE, 1), (VOLUME, 1), (VOLUME, 2), (VOLUME, 3)], ids=str
+@covering(
+    divided=[(LINE, 1), (VOLUME, 1), (VOLUME, 2), (VOLUME, 3)],
+    op=OPS,
+    data_format=["NHWC", "NCHW"],
 )
-@every_op
-def test_each_axis_of_lines_and_volumes(op, case, axis, data_format):
+def test_each_axis_of_lines_and_volumes(op, divided, data_format):
     """What windows share is sent to the neighbours, and nothing else."""
+    case, axis = divided
     parts = 4
     operands = case.operands(op)
     *in_specs, out_spec = specs(op, P(*[None] * axis, "i"), P())
@@ -550,20 +551,21 @@ def test_all_axes_of_a_volume(op):
 
 
 @pytest.mark.parametrize(
-    ("case", "of", "axis"),
+    ("case", "of", "axis", "op"),
     [
-        (case, of, axis)
+        (case, of, axis, OPS[(i + axis) % 3])
         for case in (
             Case("line", (8, 16, 8), (8, 8, 2)),
             Case("volume", (8, 8, 16, 8, 8), (8, 3, 1, 8, 1), (1, 2, 8)),
         )
-        for of, shape in (("x", case.input), ("f", case.filter), ("dy", case.output))
+        for i, (of, shape) in enumerate(
+            {"x": case.input, "f": case.filter, "dy": case.output}.items()
+        )
         for axis, size in enumerate(shape)
         if size % 8 == 0
     ],
     ids=str,
 )
-@every_op
 def test_axes_of_lines_and_volumes_that_divide(op, case, of, axis):
     check_divided(case, op, of, P(*[None] * axis, "i"), 8)
 

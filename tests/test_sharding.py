@@ -88,13 +88,11 @@ def test_values_and_gradients(mesh, op, forward_mode, jit):
     check_values_and_gradients(mesh, op, jit, forward_mode=forward_mode)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [dataclasses.replace(case, input=(8, *case.input[1:])) for case in OTHER_RANKS],
-    ids=str,
+@covering(
+    case=[dataclasses.replace(case, input=(8, *case.input[1:])) for case in OTHER_RANKS[::4]],
+    op=OPS,
+    forward_mode=[False, True],
 )
-@pytest.mark.parametrize("forward_mode", [False, True])
-@every_op
 def test_lines_and_volumes(mesh, op, forward_mode, case):
     check_values_and_gradients(mesh, op, True, case=case, forward_mode=forward_mode)
 

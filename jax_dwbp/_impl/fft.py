@@ -29,7 +29,7 @@ from jax_dwbp._impl import Implementation
 from jax_dwbp._impl.taps import widen
 from jax_dwbp._spec import ConvSpec, Op, SpatialAxis
 
-# Points of a transform, all axes together: XLA's are indexed by 32 bits.
+# Points of a transform, all axes together, at most: a spectrum of 4 GB in float32.
 _MOST_POINTS = 2**30
 # Points of a block for each that the filter spans, and at least: of 65,536 places with 1,024 taps
 # the transforms take 0.4 of the time so, with 16 channels 0.65.
@@ -37,8 +37,7 @@ _BLOCK, _LEAST_BLOCK = 4, 1024
 # Where it is as fast as native_cpu, on 2 cores with AVX-512, in float32: forward and input gradient
 # from 40 to 65 on with few channels (4,096 places with 512 to 1,024 taps, 64x64 with 33x33), from
 # 80 to 150 on with 16 to 256 (4,096 places with 3,000 taps, 64x64 with 50x50); the filter gradient
-# from half of that on. xla_taps takes 10 times as long as native_cpu, or more. What takes its time
-# is memory, of several times the arrays.
+# from half of that on. xla_taps takes 10 times as long as native_cpu, or more.
 _FEW_CHANNELS = 8
 _GAIN_OF_FEW, _GAIN = 45, 100
 _GAIN_OF_TAPS = 5
