@@ -24,7 +24,7 @@ Integers are convolved as floats, where these hold every sum of theirs exactly.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -237,10 +237,7 @@ def _compute_dtype(conv: Convolution) -> Any:
 def _forward(conv: Convolution, inputs: int, outputs: int) -> Depthwise | str:
     x, y = (_images(spec) for spec in (conv.numbers.lhs_spec, conv.numbers.out_spec))
     first = x.are_channels_first and y.are_channels_first
-    crop = [(min(low, 0), min(high, 0)) for low, high in conv.padding]
-    spatial = [size + sum(pads) for size, pads in zip(conv.lhs[2:], crop, strict=True)]
-    if min(spatial) < 1:
-        return "negative padding leaves nothing"
+    crop, spatial, padding = _cropped(conv.lhs[2:], conv.padding)
     spec = _spec(
         conv,
         batch=conv.lhs[0],
@@ -249,7 +246,7 @@ def _forward(conv: Convolution, inputs: int, outputs: int) -> Depthwise | str:
         channels=conv.groups * inputs,
         multiplier=outputs,
         strides=conv.strides,
-        padding=[(max(low, 0), max(high, 0)) for low, high in conv.padding],
+        padding=padding,
         dilation=conv.rhs_dilation,
         channels_first=first,
     )
@@ -257,7 +254,7 @@ def _forward(conv: Convolution, inputs: int, outputs: int) -> Depthwise | str:
     def operands(lhs: jax.Array, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
         f = _to_filter(rhs, conv).reshape(-1, conv.groups, outputs, inputs)
         return (
-            _padded(_to_images(lhs, x, first), crop, first),
+            _read(_to_images(lhs, x, first), crop, spatial, first),
             f.swapaxes(-1, -2).reshape(*spec.kernel_spatial, spec.channels, spec.multiplier),
         )
 
@@ -338,14 +335,11 @@ def _filter_grad(
     if is_transposed:
         spatial, outs, strides = list(conv.rhs[2:]), conv.lhs[2:], conv.lhs_dilation
         lows = [reach - low for reach, low in zip(reaches, lows, strict=True)]
-    crop, padding = [], []
-    for i, low in enumerate(lows):
-        high = (outs[i] - 1) * strides[i] + reaches[i] + 1 - spatial[i] - low
-        crop.append((min(low, 0), min(high, 0)))
-        padding.append((max(low, 0), max(high, 0)))
-        spatial[i] += sum(crop[i])
-    if min(spatial) < 1:
-        return "negative padding leaves nothing"
+    highs = [
+        (out - 1) * stride + reach + 1 - size - low
+        for out, stride, reach, size, low in zip(outs, strides, reaches, spatial, lows, strict=True)
+    ]
+    crop, spatial, padding = _cropped(spatial, [*zip(lows, highs, strict=True)])
     spec = _spec(
         conv,
         batch=batch,
@@ -365,7 +359,7 @@ def _filter_grad(
             x, dy = dy, _repeated(x, groups, outputs, first)
         else:
             dy = _repeated(dy, groups, inputs, first)
-        return _padded(x, crop, first), dy
+        return _read(x, crop, spatial, first), dy
 
     def result(f: jax.Array) -> jax.Array:
         if is_transposed:
@@ -467,6 +461,33 @@ def _padded(images: jax.Array, pads: list[Pair], channels_first: bool) -> jax.Ar
     none, axes = [(0, 0, 0)], [(*pair, 0) for pair in pads]
     config = none * 2 + axes if channels_first else none + axes + none
     return lax.pad(images, jnp.zeros((), images.dtype), config)
+
+
+def _cropped(
+    sizes: Sequence[int], padding: Sequence[Pair]
+) -> tuple[list[Pair] | None, list[int], list[Pair]]:
+    """What negative pads cut off, the sizes without it, and the pads that are left.
+
+    None is cut off where nothing would be left: then the sizes are those of the padding alone, of
+    which XLA's kernel for a CPU reads what is not there.
+    """
+    crop = [(min(low, 0), min(high, 0)) for low, high in padding]
+    left = [size + sum(pads) for size, pads in zip(sizes, crop, strict=True)]
+    if min(left) < 1:
+        whole = [size + sum(pads) for size, pads in zip(sizes, padding, strict=True)]
+        return None, whole, [(0, 0)] * len(whole)
+    return crop, left, [(max(low, 0), max(high, 0)) for low, high in padding]
+
+
+def _read(
+    images: jax.Array, crop: list[Pair] | None, spatial: list[int], channels_first: bool
+) -> jax.Array:
+    """What is left of images after a crop, or padding of those sizes."""
+    if crop is not None:
+        return _padded(images, crop, channels_first)
+    batch, *others = images.shape
+    shape = (others[0], *spatial) if channels_first else (*spatial, others[-1])
+    return lax.full_like(images, 0, shape=(batch, *shape))
 
 
 def _converted(x: jax.Array, dtype: Any) -> jax.Array:

@@ -109,6 +109,7 @@ FAULTS = [
         ("lax.transpose(f, np.argsort(", "lax.transpose(f, (", FORMS),
         ("lax.transpose(images, np.argsort(", "lax.transpose(images, (", f"{FORMS} {STAND_IN}"),
         ("            f = lax.rev(f, range(len(conv.spatial)))\n", "            pass\n", FORMS),
+        ("    if min(left) < 1:", "    if False:", FORMS),
         ("lax.rev(f, range(len(window)))", "lax.rev(f, (0, 1))", FORMS),
         ("none * 2 + axes if channels_first", "none + axes + none if channels_first", FORMS),
         ("set(DTYPES) and lhs.itemsize <= result.itemsize", "set(DTYPES)", STAND_IN),
