@@ -186,10 +186,10 @@ def run(op: Op, spec: ConvSpec, target: Target, a: jax.Array, b: jax.Array) -> j
     def canonical(a: jax.Array, b: jax.Array) -> jax.Array:
         shapes = _canonical_shapes(op, spec, a, b)
         operands = []
-        for name, x, canonical in zip(op.operands, (a, b), shapes, strict=True):
+        for name, x, struct in zip(op.operands, (a, b), shapes, strict=True):
             if _is_channels_first(spec, name):
                 x = jnp.moveaxis(x, -len(spec.axes) - 1, -1)
-            operands.append(x.reshape(canonical.shape))
+            operands.append(x.reshape(struct.shape))
         result = function(_canonical(spec), *operands)
         if _is_channels_first(spec, op.result):
             result = jnp.moveaxis(result, -1, 2)

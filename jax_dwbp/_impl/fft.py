@@ -58,8 +58,8 @@ def unsupported(
 def forward(spec: ConvSpec, x: jax.Array, f: jax.Array) -> jax.Array:
     if blocks := _blocks(spec):
         return blocks.joined(forward(blocks.spec, blocks.read(x), f))
-    images = _spectra(spec, _padded(spec, _channels_first(widen(x))))[:, :, :, None]
-    filters = _spectra(spec, _stretched(_lanes_first(widen(f)), spec.rhs_dilation))[:, None]
+    images = _of_images(spec, x)
+    filters = _of_filters(spec, f)
     y = _places(spec, images * jnp.conj(filters), spec.out_spatial, spec.window_strides)
     y = y.reshape(*y.shape[:2], -1, *y.shape[4:])
     return jnp.moveaxis(y, 2, -1).astype(x.dtype)
@@ -69,8 +69,8 @@ def input_grad(spec: ConvSpec, f: jax.Array, dy: jax.Array) -> jax.Array:
     if blocks := _blocks(spec):
         dx = input_grad(blocks.spec, widen(f), widen(blocks.cut(dy)))
         return blocks.added(dx).astype(dy.dtype)
-    filters = _spectra(spec, _stretched(_lanes_first(widen(f)), spec.rhs_dilation))[:, None]
-    gradients = _spectra(spec, _stretched(_by_channel(spec, widen(dy)), spec.window_strides))
+    filters = _of_filters(spec, f)
+    gradients = _of_gradients(spec, dy)
     steps = (1,) * len(spec.axes)
     sizes = [_reached(axis) for axis in spec.axes]
     dx = _places(spec, jnp.sum(gradients * filters, 3), sizes, steps)
@@ -84,8 +84,8 @@ def input_grad(spec: ConvSpec, f: jax.Array, dy: jax.Array) -> jax.Array:
 def filter_grad(spec: ConvSpec, x: jax.Array, dy: jax.Array) -> jax.Array:
     if blocks := _blocks(spec):
         return filter_grad(blocks.spec, blocks.read(x), blocks.cut(dy))
-    images = _spectra(spec, _padded(spec, _channels_first(widen(x))))[:, :, :, None]
-    gradients = _spectra(spec, _stretched(_by_channel(spec, widen(dy)), spec.window_strides))
+    images = _of_images(spec, x)
+    gradients = _of_gradients(spec, dy)
     sums = jnp.sum(images * jnp.conj(gradients), 1)
     df = _places(spec, sums, spec.kernel_spatial, spec.rhs_dilation)
     return jnp.moveaxis(df, (1, 2), (-2, -1)).astype(x.dtype)
@@ -196,26 +196,24 @@ def _points(axis: SpatialAxis) -> int:
     return points
 
 
-def _channels_first(x: jax.Array) -> jax.Array:
-    """[G,N,spatial,C] as [G,N,C,spatial]."""
-    return jnp.moveaxis(x, -1, 2)
-
-
-def _lanes_first(f: jax.Array) -> jax.Array:
-    """[G,window,C,M] as [G,C,M,window]."""
-    return jnp.moveaxis(f, (-2, -1), (1, 2))
-
-
-def _by_channel(spec: ConvSpec, dy: jax.Array) -> jax.Array:
-    """[G,N,spatial,C*M] as [G,N,C,M,spatial]."""
-    dy = dy.reshape(*dy.shape[:-1], spec.channels, spec.multiplier)
-    return jnp.moveaxis(dy, (-2, -1), (2, 3))
-
-
-def _padded(spec: ConvSpec, x: jax.Array) -> jax.Array:
-    """[G,N,C,spatial] from the first place that windows reach: behind it transforms have zeros."""
+def _of_images(spec: ConvSpec, x: jax.Array) -> jax.Array:
+    """Spectra [G,N,C,1,points], from the first place that windows reach, with zeros behind x."""
+    x = jnp.moveaxis(widen(x), -1, 2)
     config = [(0, 0, 0)] * 3 + [(axis.pads[0], 0, 0) for axis in spec.axes]
-    return lax.pad(x, jnp.zeros((), x.dtype), config)
+    return _spectra(spec, lax.pad(x, jnp.zeros((), x.dtype), config))[:, :, :, None]
+
+
+def _of_filters(spec: ConvSpec, f: jax.Array) -> jax.Array:
+    """Spectra [G,1,C,M,points]."""
+    f = jnp.moveaxis(widen(f), (-2, -1), (1, 2))
+    return _spectra(spec, _stretched(f, spec.rhs_dilation))[:, None]
+
+
+def _of_gradients(spec: ConvSpec, dy: jax.Array) -> jax.Array:
+    """Spectra [G,N,C,M,points]."""
+    dy = widen(dy).reshape(*dy.shape[:-1], spec.channels, spec.multiplier)
+    dy = jnp.moveaxis(dy, (-2, -1), (2, 3))
+    return _spectra(spec, _stretched(dy, spec.window_strides))
 
 
 def _stretched(x: jax.Array, steps: Sequence[int]) -> jax.Array:
